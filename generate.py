@@ -64,7 +64,7 @@ def p_nucleus(decoder, alpha: float):
         probs = decoder(h).softmax(-1)  # (…, V)
         if alpha == 1:
             return probs
-        ranked, symbols = probs.sort(-1, descending=True, stable=True)
+        ranked, symbols = probs.sort(dim=-1, descending=True, stable=True)
         mass_before = ranked.cumsum(-1) - ranked  # of the symbols more likely than this one
         kept = mass_before < alpha - 4 * torch.finfo(probs.dtype).eps  # rounding is no mass
         kept[..., 0] = True
@@ -199,7 +199,7 @@ def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, alpha=1
         pool = torch.cat([scores.new_tensor([e[0] for e in ended]), (scores[:, None] + search).flatten()])
         ranked, places = pool.sort(descending=True, stable=True)
         bound = max(bound, *ranked[k : k + 1].tolist(), -math.inf)  # the best of those let go
-        survivors = [p for p, score in zip(places[:k].tolist(), ranked[:k].tolist()) if score > -math.inf]
+        survivors = places[:k][ranked[:k] > -math.inf].tolist()
 
         grown, now_ended = [], [ended[p] for p in survivors if p < len(ended)]
         for place in survivors:
@@ -216,7 +216,7 @@ def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, alpha=1
         if not grown:
             break
 
-        places, beams, symbols = (torch.tensor(column, device=h.device) for column in zip(*grown))
+        places, beams, symbols = (torch.tensor(column, device=h.device) for column in zip(*grown, strict=True))
         texts = [texts[beam] + id2lettre[symbol] for _, beam, symbol in grown]
         scores, own = pool[places], own[beams] + model[beams, symbols]
         h, state = advance(rnn, emb, symbols.unsqueeze(0), select(state, beams))
@@ -267,9 +267,7 @@ def show(title: str, start: str, hypotheses: list[Hypothesis]) -> None:
             facts.insert(1, f"{hypothesis.search_log_prob:.2f} as searched or sampled")
         if hypothesis.gap is not None:
             proved = hypothesis.gap == 0 and hypothesis.ended
-            facts.append(
-                "proved optimal" if proved else f"at most {hypothesis.gap:.2f} nats from the optimum"
-            )
+            facts.append("proved optimal" if proved else f"at most {hypothesis.gap:.2f} nats from the optimum")
         print(f"    {', '.join(facts)}")
 
 
@@ -284,14 +282,10 @@ def parse_options() -> object:
         help="sample at this temperature: below 1 bolder, 0 greedy")  # fmt: skip
     add("--greedy", action="store_true", help="take the likeliest symbol each time")
     add("--start", default="", metavar="TEXT", help="text that the sentence goes on from")
-    add(
-        "--maxlen", type=number(int, 1), default=MAXLEN, metavar="N", help="most new characters of a sentence"
-    )
+    add("--maxlen", type=number(int, 1), default=MAXLEN, metavar="N", help="most new characters of a sentence")
     add("-n", type=number(int, 1), default=1, metavar="N", help="number of sentences of each decoder")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the sampling")
-    add(
-        "--checkpoint", type=Path, metavar="FILE", help="a best.pt or last.pt (default: newest run's best.pt)"
-    )
+    add("--checkpoint", type=Path, metavar="FILE", help="a best.pt or last.pt (default: newest run's best.pt)")
     options = parser.parse_args()
     sampling = options.sample or options.temperature is not None
     if options.beam and (sampling or options.greedy):
@@ -326,9 +320,7 @@ def main() -> None:
     try:
         if options.beam:
             nucleus = f" over the nucleus of {options.nucleus}" if options.nucleus else ""
-            show(
-                f"beam of {options.beam}{nucleus}", options.start, beam(options.beam, options.nucleus or 1.0)
-            )
+            show(f"beam of {options.beam}{nucleus}", options.start, beam(options.beam, options.nucleus or 1.0))
         elif options.greedy:
             show("greedy", options.start, sample(0.0))
         elif options.sample or options.temperature is not None or options.nucleus:

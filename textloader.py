@@ -215,9 +215,7 @@ class Parser(argparse.ArgumentParser):
     """`ArgumentParser` that shows defaults in its help and reports a mistake in one line."""
 
     def __init__(self, **options):
-        super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options
-        )
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {one_line(message)}\n")

@@ -383,10 +383,7 @@ def restore_model(checkpoint: dict, path) -> CharModel:
     try:
         cell, *sizes = (checkpoint["model"][name] for name in ("cell", "embedding_size", "hidden_size"))
         weights = checkpoint["weights"]
-        if (
-            list(weights["emb.weight"].shape) != [SYMBOLS, sizes[0]]
-            or weights["decoder.weight"].shape[1] != sizes[1]
-        ):
+        if list(weights["emb.weight"].shape) != [SYMBOLS, sizes[0]] or weights["decoder.weight"].shape[1] != sizes[1]:
             raise ValueError
         model = CharModel(cell, *sizes)
         model.load_state_dict(weights)
@@ -415,9 +412,7 @@ def load_corpus(options):
     held_out = max(1, len(dataset) // 10)
     split = torch.Generator().manual_seed(options.seed)
     train, valid = random_split(dataset, [len(dataset) - held_out, held_out], split)
-    print(
-        f"{options.data}: {len(dataset):,} sentences, {len(train):,} to train on and {len(valid):,} to validate"
-    )
+    print(f"{options.data}: {len(dataset):,} sentences, {len(train):,} to train on and {len(valid):,} to validate")
     if dataset.left_out():
         print(f"left out: {dataset.left_out()}")
     return (
@@ -452,9 +447,7 @@ class Training:
         self.train, self.valid = batches(train, options, True), batches(valid, options, False)
         self.steps = options.epochs * len(self.train)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: cosine(step, self.steps)
-        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: cosine(step, self.steps))
         # `batch` of `epoch` comes next; nats and symbols are the epoch's sums so far.
         self.progress = dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, best=math.inf, seconds=0.0)
 
@@ -578,9 +571,7 @@ NOT_SAVED = ("run", "resume", "device")  # they belong to a command, not to a ru
 
 
 def parse_options(arguments=None):
-    parser = Parser(
-        prog="tp5.py", description="Train a character model with a recurrent cell written by hand."
-    )
+    parser = Parser(prog="tp5.py", description="Train a character model with a recurrent cell written by hand.")
     add = parser.add_argument
     add("--model", choices=CELLS, default="lstm", help="the recurrent cell")
     add("--data", default=str(CORPUS), metavar="PATH", help="a UTF-8 text file")
@@ -681,18 +672,14 @@ def main() -> None:
     if checkpoint:
         training.restore(checkpoint, folder / "last.pt")
     parameters = sum(p.numel() for p in training.model.parameters())
-    print(
-        f"{options.model} with {parameters:,} parameters on {options.device}, {training.steps:,} steps: {folder}"
-    )
+    print(f"{options.model} with {parameters:,} parameters on {options.device}, {training.steps:,} steps: {folder}")
     monitor = Monitor(folder, options, training.progress["step"])
     with stop_on_interrupt() as stop:
         finished = training.run(monitor, stop)
     monitor.writer.close()
     if finished:
         chosen = "" if folder.parent == RUNS else f" --checkpoint {folder / 'best.pt'}"
-        print(
-            f"Run saved in {folder}. Next: python generate.py --beam 5{chosen}; tensorboard --logdir {folder.parent}"
-        )
+        print(f"Run saved in {folder}. Next: python generate.py --beam 5{chosen}; tensorboard --logdir {folder.parent}")
     else:
         print(f"Stopped and saved in {folder}. Go on with: python tp5.py --resume {folder}")
 

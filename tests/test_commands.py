@@ -1,0 +1,293 @@
+"""The three scripts as a user runs them."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CELLS, ROOT, SMALL, command, refused
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from textloader import EOS_IX, PAD_IX, TextDataset, pad_collate_fn, read_text
+from tp5 import load_checkpoint, load_model
+
+GATES = {"rnn": ["h"], "gru": ["z", "r", "candidate", "h"], "lstm": ["f", "i", "candidate", "o", "C", "h"]}
+
+
+@pytest.mark.parametrize("model", CELLS)
+def test_training_says_what_it_did(runs, model):
+    output = (runs / f"{model}.txt").read_text(encoding="utf-8")
+    assert "400 sentences, 360 to train on and 40 to validate" in output
+    assert "sentences beyond maxsent" in output
+    losses = [float(x) for x in re.findall(r"validation ([\d.]+) nats", output)]
+    assert len(losses) == 2 and losses[1] < losses[0] < math.log(97)
+    bits = [float(x) for x in re.findall(r"= ([\d.]+) bits", output)]
+    assert bits == pytest.approx([x / math.log(2) for x in losses], abs=1e-3)
+    assert all(output.count(f"  {decoder} ") == 2 for decoder in ("greedy", "sampled", "beam"))
+    assert f"Run saved in {runs / model}" in output and "generate.py --beam 5" in output
+
+
+@pytest.mark.parametrize("model", CELLS)
+def test_validation_loss_is_that_of_torch(runs, model):
+    """Recomputed from the checkpoint, one sentence at a time, with torch's own loss."""
+    checkpoint = load_checkpoint(runs / model / "best.pt")
+    dataset = TextDataset(read_text(checkpoint["options"]["data"]), maxsent=400)
+    split = torch.Generator().manual_seed(checkpoint["options"]["seed"])
+    _, valid = torch.utils.data.random_split(dataset, [360, 40], split)
+    loaded, nats, symbols = load_model(runs / model / "best.pt"), 0.0, 0
+    for sentence in valid:
+        target = pad_collate_fn([sentence])
+        loss = torch.nn.functional.cross_entropy(loaded(target).flatten(0, 1), target.flatten(), reduction="sum")
+        nats, symbols = nats + loss.item(), symbols + len(target)
+    assert nats / symbols == pytest.approx(checkpoint["progress"]["best"], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", CELLS)
+def test_tensorboard_reads_every_tag(runs, model):
+    events = EventAccumulator(str(runs / model), size_guidance={"histograms": 0, "scalars": 0}).Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) == {
+        "loss/train",
+        "loss/validation",
+        "loss/validation_bits_per_character",
+        "gradient/norm_before_clipping",
+        "gradient/clipped_share",
+        "training/learning_rate",
+        "training/characters_per_second",
+    }
+    parameters = [name for name, _ in load_model(runs / model / "best.pt").named_parameters()]
+    expected = {f"{kind}/{name}" for kind in ("parameters", "gradients") for name in parameters}
+    assert set(tags["histograms"]) == expected | {f"gates/{model}/{gate}" for gate in GATES[model]}
+    assert {f"samples/{d}/text_summary" for d in ("greedy", "sampled", "beam")} <= set(tags["tensors"])
+    steps = [event.step for event in events.Scalars("loss/train")]
+    assert steps == sorted(set(steps)) and len(steps) >= 2
+    if model == "lstm":
+        gate = events.Histograms("gates/lstm/f")[0].histogram_value
+        assert 0 <= gate.min <= gate.max <= 1
+        # BLANK positions are left out: the values are whole hidden vectors of the real symbols
+        assert gate.num % 24 == 0
+
+
+def test_recorded_gates_leave_blank_out(tmp_path):
+    from tp5 import CharModel, Monitor, watch
+
+    class Options:
+        scalars_every = histograms_every = 1
+
+    model = CharModel("lstm", 4, 8)
+    batch = pad_collate_fn([torch.tensor([5, 6, 7]), torch.tensor([5])])  # 4 + 2 real symbols
+    monitor = Monitor(tmp_path, Options, 0)
+    with watch(model.rnn) as states:
+        model(batch).sum().backward()
+    monitor.histograms(model, states, batch != PAD_IX, 0)
+    monitor.writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Histograms("gates/lstm/C")[0].histogram_value.num == 6 * 8
+
+
+def test_turned_off_nothing_is_recorded(tmp_path):
+    off = ("--scalars-every", 0, "--histograms-every", 0)
+    assert command("tp5.py", "--run", tmp_path, *SMALL, *off).returncode == 0
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert tags["histograms"] == [] and "loss/train" not in tags["scalars"]
+
+
+def test_same_seed_same_run(runs, tmp_path):
+    assert command("tp5.py", "--model", "gru", "--run", tmp_path / "again", *SMALL).returncode == 0
+    first, again = (load_checkpoint(folder / "last.pt") for folder in (runs / "gru", tmp_path / "again"))
+    assert all(torch.equal(first["weights"][name], again["weights"][name]) for name in first["weights"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_interrupted_and_resumed_is_the_same_run(runs, tmp_path):
+    folder = tmp_path / "run"
+    arguments = [sys.executable, str(ROOT / "tp5.py"), "--model", "lstm", "--run", str(folder), *SMALL]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/2"):
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Stopped and saved" in output and "Traceback" not in errors
+    resumed = command("tp5.py", "--resume", folder, "--lr", "0.5")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "ignored: --lr 0.5; the run has 0.005" in resumed.stdout
+    whole, parts = (load_checkpoint(run / "last.pt") for run in (runs / "lstm", folder))
+    assert whole["progress"]["best"] == parts["progress"]["best"]
+    assert all(torch.equal(whole["weights"][name], parts["weights"][name]) for name in whole["weights"])
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    steps = [event.step for event in events.Scalars("loss/train")]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--greedy"],
+        ["--sample", "-n", "2"],
+        ["--temperature", "0"],
+        ["--nucleus", "0.9"],
+        ["--beam", "5"],
+        ["--beam", "120", "-n", "3", "--maxlen", "8"],
+        ["--beam", "5", "--nucleus", "0.9", "--start", "Our "],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("model", CELLS)
+def test_generate_prints_scored_sentences(runs, model, options, tmp_path):
+    checkpoint = runs / model / "best.pt"
+    result = command("generate.py", "--checkpoint", checkpoint, *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{checkpoint}: {model}")
+    count = {"--greedy": 1, "--sample": 2, "--temperature": 1, "--nucleus": 1}.get((options or [None])[0])
+    lines = re.findall(r"^    (-[\d.]+) nats,.* bits per character, (?:ended|cut)", result.stdout, re.M)
+    assert len(lines) == (count or (3 if "-n" in options else 6 if not options else 1))
+    assert "<EOS>" not in result.stdout and "<PAD>" not in result.stdout
+
+
+def test_generate_is_reproducible(runs):
+    first, again, other = (
+        command("generate.py", "--checkpoint", runs / "lstm" / "best.pt", "--sample", "--seed", seed).stdout
+        for seed in (3, 3, 4)
+    )
+    assert first == again != other
+
+
+def test_generate_rescored(runs):
+    from generate import generate_beam, score
+
+    model = load_model(runs / "lstm" / "best.pt")
+    parts = (model.rnn, model.emb, model.decoder, EOS_IX)
+    for h in generate_beam(*parts, 10, "Our ", 40):
+        assert h.log_prob == pytest.approx(score(*parts, h.text, "Our ", ended=h.ended), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("tp5.py", ["--epochs", "0"], ["--epochs", "at least 1"]),
+        ("tp5.py", ["--lr", "0"], ["--lr", "above 0"]),
+        ("tp5.py", ["--lr", "nan"], ["--lr"]),
+        ("tp5.py", ["--hidden", "x"], ["--hidden", "not a number"]),
+        ("tp5.py", ["--model", "transformer"], ["--model", "lstm"]),
+        ("tp5.py", ["--data", "missing.txt"], ["cannot read"]),
+        ("tp5.py", ["--data", "."], ["cannot read"]),
+        ("tp5.py", ["--resume", "nowhere"], ["cannot read"]),
+        ("generate.py", ["--beam", "0"], ["--beam", "at least 1"]),
+        ("generate.py", ["--nucleus", "1.1"], ["--nucleus", "at most 1"]),
+        ("generate.py", ["--nucleus", "0"], ["--nucleus", "above 0"]),
+        ("generate.py", ["--temperature", "-1"], ["--temperature", "at least 0"]),
+        ("generate.py", ["--maxlen", "0"], ["--maxlen"]),
+        ("generate.py", ["--beam", "2", "-n", "3"], ["--beam 3"]),
+        ("generate.py", ["--greedy", "--sample"], ["--greedy"]),
+        ("generate.py", ["--checkpoint", "missing.pt"], ["cannot read"]),
+    ],
+)
+def test_bad_options(tmp_path, script, arguments, words):
+    refused(command(script, *arguments, cwd=tmp_path), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_no_cuda(tmp_path):
+    refused(command("tp5.py", "--device", "cuda", "--run", tmp_path / "run"), "CUDA")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["no sentence at all", "Only one."])
+def test_corpus_too_small(tmp_path, text):
+    (tmp_path / "small.txt").write_text(text, encoding="utf-8")
+    refused(command("tp5.py", "--data", tmp_path / "small.txt", "--run", tmp_path / "run"), "sentence")
+    assert not (tmp_path / "run").exists()
+
+
+def test_smallest_corpus_trains(tmp_path):
+    (tmp_path / "small.txt").write_text("A. B!", encoding="utf-8")
+    sizes = ("--hidden", 1, "--embedding", 1, "--batch-size", 1, "--epochs", 1, "--clip", 0)
+    result = command("tp5.py", "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *sizes)
+    assert result.returncode == 0, result.stderr
+
+
+def test_start_outside_the_alphabet(runs):
+    refused(command("generate.py", "--checkpoint", runs / "rnn" / "best.pt", "--start", "中\x1b"), "alphabet", "中")
+
+
+def test_run_folder_is_not_overwritten(runs):
+    before = (runs / "rnn" / "last.pt").read_bytes()
+    refused(command("tp5.py", "--run", runs / "rnn", *SMALL), "--resume")
+    assert (runs / "rnn" / "last.pt").read_bytes() == before
+
+
+def test_diverging_run_stops_with_advice(tmp_path):
+    result = command("tp5.py", "--run", tmp_path / "run", *SMALL, "--lr", "1e38", "--clip", "0")
+    refused(result, "not finite", "--lr")
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+class Bomb:
+    """Unpickled by a careless reader, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def damaged(checkpoint: dict, whole: bytes, folder) -> dict:
+    """Files that are not a good checkpoint, by what is wrong with them."""
+    cases = {
+        "empty": b"",
+        "text": b"Yes we can.",
+        "truncated": whole[: len(whole) // 2],
+        "cut tail": whole[:-20],
+        "list": [1, 2],
+        "another dict": {"weights": 1},
+        "version": {**checkpoint, "format": 0},
+        "alphabet": {**checkpoint, "alphabet": "abc"},
+        "field": {name: value for name, value in checkpoint.items() if name != "weights"},
+        "sizes": {**checkpoint, "model": {**checkpoint["model"], "hidden_size": 10**6}},
+        "cell": {**checkpoint, "model": {**checkpoint["model"], "cell": "gru"}},
+        "bomb": {**checkpoint, "weights": Bomb(folder / "boom")},
+    }
+    return cases
+
+
+def test_damaged_checkpoints_are_refused(runs, tmp_path):
+    whole = (runs / "lstm" / "best.pt").read_bytes()
+    checkpoint = load_checkpoint(runs / "lstm" / "best.pt")
+    from textloader import LabError
+
+    for name, content in damaged(checkpoint, whole, tmp_path).items():
+        path = tmp_path / f"{name}.pt"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(LabError, match=re.escape(str(path))):
+            load_model(path)
+    refused(command("generate.py", "--checkpoint", tmp_path / "bomb.pt"), "bomb.pt")
+    refused(command("generate.py", "--checkpoint", tmp_path / "truncated.pt"), "truncated.pt")
+    assert not (tmp_path / "boom").exists()
+
+
+def test_imports_do_no_work(tmp_path):
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); before = torch.get_num_threads();"
+        "import tp5, generate, textloader; assert torch.get_num_threads() == before"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["tp5.py", "generate.py", "textloader.py"])
+def test_help(script):
+    result = command(script, "--help")
+    assert result.returncode == 0 and result.stdout.startswith("usage:")

@@ -1,0 +1,155 @@
+"""Question 1: symbols, sentences, batches."""
+
+import string
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, refused
+from hypothesis import given
+from hypothesis import strategies as st
+
+from textloader import (
+    CORPUS,
+    EOS_IX,
+    LETTRES,
+    PAD_IX,
+    BucketSampler,
+    LabError,
+    TextDataset,
+    clean,
+    code2string,
+    normalize,
+    pad_collate_fn,
+    read_text,
+    string2code,
+)
+
+
+def sentences(text, **options):
+    dataset = TextDataset(text, **options)
+    return [code2string(dataset[i]) for i in range(len(dataset))]
+
+
+def test_alphabet_is_the_handouts():
+    assert string.ascii_letters + string.punctuation + string.digits + " " == LETTRES
+    assert string2code("a").tolist() == [2]
+    assert string2code(" ").tolist() == [96]
+
+
+def test_handouts_example():
+    dataset = TextDataset("C'est. Un. Test.")
+    batch = pad_collate_fn([dataset[i] for i in range(3)])
+    assert batch.shape == (7, 3) and batch.dtype == torch.int64
+    assert batch[:, 1].tolist() == [*string2code("Un.").tolist(), EOS_IX, PAD_IX, PAD_IX, PAD_IX]
+    assert [code2string(column) for column in batch.T] == ["C'est.", "Un.", "Test."]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It is 3.5 km. Yes!", ["It is 3.5 km.", "Yes!"]),
+        ('He said "no." Then?! (Really.) End', ['He said "no."', "Then?!", "(Really.)"]),
+        ("One\nline.\r\nTwo\u00a0words.", ["One line.", "Two words."]),
+        ("“Élan” — it’s… fine.", ['"Elan" -- it\'s...', "fine."]),
+        ("no end", []),
+        ("", []),
+        ("... . !", ["...", ".", "!"]),
+    ],
+)
+def test_sentence_rules(text, expected):
+    assert sentences(text) == expected
+
+
+@given(st.text())
+def test_round_trip_and_count(text):
+    kept, dropped = clean(text)
+    assert normalize(text) == kept == code2string(string2code(text))
+    assert set(kept) <= set(LETTRES)
+    assert not set(dropped) & set(LETTRES)
+    assert normalize(kept) == kept
+    dataset = TextDataset(text)
+    assert dataset.dropped == dropped
+    inside = dataset.lengths.sum() + dataset.unfinished
+    assert len(kept) - kept.count(" ") <= inside <= len(kept)  # only the spaces between sentences go
+
+
+@given(st.text(alphabet="ab. !", max_size=60), st.integers(1, 8), st.integers(1, 4))
+def test_every_sentence_is_kept_or_counted(text, maxlen, maxsent):
+    everything = sentences(text)
+    dataset = TextDataset(text, maxlen=maxlen, maxsent=maxsent)
+    assert [code2string(dataset[i]) for i in range(len(dataset))] == [s for s in everything if len(s) <= maxlen][
+        :maxsent
+    ]
+    assert len(dataset) + dataset.too_long + dataset.beyond_maxsent == len(everything)
+
+
+def test_sentences_are_one_flat_array():
+    dataset = TextDataset("One. Three.")
+    assert dataset.codes.dtype == np.uint8 and dataset.codes.shape == (10,)
+    assert dataset.offsets.tolist() == [0, 4, 10]
+    with pytest.raises(IndexError):
+        dataset[2]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.integers(1, 9), st.integers(0, 5), st.booleans())
+def test_sampler_takes_every_sentence_once(lengths, batch_size, epoch, shuffle):
+    sampler = BucketSampler(lengths, batch_size, shuffle=shuffle, seed=3)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert len(batches) == len(sampler) and max(map(len, batches)) <= batch_size
+    assert batches == list(sampler)  # the same epoch again
+
+
+def test_sampler_shuffles_by_epoch_and_seed():
+    def epoch(number, seed):
+        sampler = BucketSampler([5] * 100, 10, seed=seed)
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    assert epoch(0, 0) != epoch(1, 0) != epoch(1, 1)
+
+
+def test_buckets_waste_little_on_the_corpus():
+    dataset = TextDataset(read_text(CORPUS))
+    total = real = 0
+    for batch in BucketSampler(dataset.lengths, 32):
+        lengths = dataset.lengths[batch] + 1
+        total, real = total + lengths.max() * len(batch), real + lengths.sum()
+    assert 1 - real / total < 0.03
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["empty"]),
+        (b" \n", ["empty"]),
+        (b"ab\xffcd.", ["UTF-8", "byte 2"]),
+        (b"ab\0.", ["NUL", "byte 2"]),
+        (b"\xef\xbb\xbf\xff", ["byte 3"]),
+        (None, ["cannot read"]),
+    ],
+)
+def test_bad_files(tmp_path, content, words):
+    path = tmp_path / "corpus.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LabError) as error:
+        read_text(path)
+    assert all(word in str(error.value) for word in words)
+    refused(command("textloader.py", path), *words)
+
+
+def test_byte_order_mark(tmp_path):
+    (tmp_path / "bom.txt").write_bytes("\ufeffHé.".encode())
+    assert sentences(read_text(tmp_path / "bom.txt")) == ["He."]
+
+
+def test_command_describes_a_corpus(tmp_path):
+    (tmp_path / "c.txt").write_text("Un ☺. Deux. Reste", encoding="utf-8")
+    result = command("textloader.py", tmp_path / "c.txt", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for words in ("7 × 3 batch", "2 sentences", "☺ WHITE SMILING FACE", "5 characters after the last sentence end"):
+        assert words in result.stdout
+    assert not list(ROOT.glob("c.txt"))
