@@ -246,7 +246,7 @@ def one_line(message) -> str:
 def run_main(main) -> None:
     """Call `main`; a LabError becomes one line on standard error and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         main()
     except LabError as error:
