@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, random_split
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -66,10 +67,15 @@ class Cell(nn.Module):
     (T, B, H), and a state whose tensors are (B, H); without `state` it starts from zeros.
 
     W·[h, x] + b is W_h h + (W_x x + b). The second half needs no history: `project` computes it
-    for all time steps at once. `one_step` holds the equations and nothing else.
+    for all time steps at once. `equations` is one time step as the paper writes it, with a column
+    for a sentence: there, states are (H, B). A CPU multiplies W·h a third faster than h·Wᵀ, too.
+
+    A cell of your own needs `gates` and `equations`; autograd does the rest. Ours have `slopes`,
+    `back` as well, the backward pass by hand: see `ThroughTime`.
     """
 
     gates: tuple[str, ...]  # in the order of their rows in the parameters
+    states: tuple[str, ...] = ("h",)
     has_bias = True
 
     def __init__(self, input_size: int, hidden_size: int):
@@ -97,29 +103,117 @@ class Cell(nn.Module):
 
     def zero_state(self, like):
         """The state before the first symbol; `like` (B, …) gives batch size, dtype and device."""
-        return like.new_zeros(like.shape[0], self.hidden_size)
+        zeros = like.new_zeros(like.shape[0], self.hidden_size)
+        return zeros if len(self.states) == 1 else (zeros,) * len(self.states)
+
+    def equations(self, W, px, *state):
+        """One time step: W (G·H, H), px (G·H, B), states (H, B) → the states after, the gates."""
+        raise NotImplementedError
+
+    def weight_gradient(self, d_a, h_before, *_):
+        """Σ_t ∂L/∂a_t·h_{t-1}ᵀ: d_a (G·H, T·B) and what was fed back (T, H, B) → (G·H, H)."""
+        return d_a @ side_by_side(h_before, d_a.dtype).t()
 
     def one_step(self, projected, state):
         """One time step: projected (B, G·H) and the state before → the state after."""
-        raise NotImplementedError
-
-    def unroll(self, projected, state=None):
-        """All time steps: projected (T, B, G·H) → output (T, B, H), state after the last step."""
-        state = self.zero_state(projected[0]) if state is None else state
-        outputs = []
-        for projected_t in projected.unbind(0):
-            state = self.one_step(projected_t, state)
-            outputs.append(state[0] if isinstance(state, tuple) else state)
-        return torch.stack(outputs), state
+        after, _ = self.equations(self.hidden_weight, projected.mT, *columns(state))
+        return rows(after)
 
     def forward(self, x, state=None):
         return self.unroll(self.project(x), state)
 
-    def show(self, **tensors) -> None:
-        """Hand this step's gates and states (B, H) to whoever watches."""
-        if self.watched is not None:
-            for name, tensor in tensors.items():
-                self.watched.setdefault(name, []).append(tensor.detach())
+    def unroll(self, projected, state=None):
+        """All time steps: projected (T, B, G·H) → output (T, B, H), state after the last step."""
+        state = self.zero_state(projected[0]) if state is None else state
+        W, device = self.hidden_weight, projected.device.type
+        if torch.is_autocast_enabled(device):
+            W = W.to(torch.get_autocast_dtype(device))
+        run = ThroughTime.apply if hasattr(self, "back") else through_time
+        with torch.autocast(device, enabled=False):  # only the products with W leave float32
+            output, *state = run(self, projected, W, *columns(state))
+        return output.mT, rows(state)
+
+
+sigmoid_slope = torch.ops.aten.sigmoid_backward  # (g, s) ↦ g ⊗ s ⊗ (1 − s)
+tanh_slope = torch.ops.aten.tanh_backward  # (g, t) ↦ g ⊗ (1 − t²)
+
+
+def columns(state) -> tuple:
+    """A state as a tuple of (H, B): a column for each sentence."""
+    return tuple(part.mT for part in (state if isinstance(state, tuple) else (state,)))
+
+
+def rows(state):
+    """A state as `torch.nn` has it: (B, H), or a tuple of them."""
+    state = tuple(part.mT for part in state)
+    return state if len(state) > 1 else state[0]
+
+
+def side_by_side(steps, dtype):
+    """(T, …, B) → (…, T·B): the columns of all time steps in one matrix."""
+    return steps.movedim(0, -2).flatten(-2).to(dtype)
+
+
+def times(W, h, plus=None):
+    """W·h + plus. A W in bfloat16 makes the product bfloat16; `plus` and the sum stay float32."""
+    if plus is None:
+        return (W @ h.to(W.dtype)).to(h.dtype)
+    return torch.addmm(plus, W, h) if W.dtype == h.dtype else plus + W @ h.to(W.dtype)
+
+
+def through_time(cell, projected, W, *state, record=None):
+    """The loop over time: projected (T, B, G·H), states (H, B) → output (T, H, B), last states.
+
+    A list `record` gets each step's states before, gates, and memory after.
+    """
+    outputs = []
+    for px in projected.unbind(0):
+        before = state
+        state, gates = cell.equations(W, px.mT, *before)
+        outputs.append(state[0])
+        if record is not None:
+            record.append((*before, *gates, *state[1:]))
+        if cell.watched is not None:
+            shown = dict(zip(cell.gates + cell.states, gates + state, strict=True))
+            for name, values in shown.items():
+                cell.watched.setdefault(name, []).append(values.detach().mT)
+    return torch.stack(outputs), *state
+
+
+class ThroughTime(torch.autograd.Function):
+    """The loop over time with its backward pass by hand: back-propagation through time (Werbos 1990).
+
+    Autograd would replay every operation of every step. The chain rule needs less. Write a_t for a
+    step's pre-activations W·h_{t-1} + px_t. Going from the last step to the first,
+
+        ∂L/∂a_t     = slope_t ⊗ ∂L/∂state_t          the slopes need no gradient: `cell.slopes`
+                                                     computes those of all steps at once
+        ∂L/∂h_{t-1} = Wᵀ·∂L/∂a_t + what h_{t-1} did elsewhere                  `cell.back`
+
+    and at the end, since W is the same at all steps, ∂L/∂W = Σ_t ∂L/∂a_t·h_{t-1}ᵀ is one product of
+    all steps side by side. The plain loop under autograd, `through_time`, gives the same gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, cell, projected, W, *state):
+        ctx.cell, ctx.record = cell, []
+        ctx.save_for_backward(W)
+        output, *state = through_time(cell, projected, W, *state, record=ctx.record)
+        return output, *(part.clone() for part in state)  # an output that ctx holds would never be freed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_output, *d_state):
+        cell, (W,) = ctx.cell, ctx.saved_tensors
+        record = [torch.stack(values) for values in zip(*ctx.record, strict=True)]  # (T, H, B) each
+        slopes, *others = cell.slopes(*record)  # (T, G, H, B), others (T, H, B)
+        W_T = W.t().contiguous()
+        for d_h, slope, *other in reversed([*zip(d_output, slopes, *others, strict=True)]):
+            d_state = cell.back(W_T, slope, *other, d_state[0] + d_h, *d_state[1:])
+        d_a = side_by_side(slopes, W.dtype).flatten(0, 1)  # (G·H, T·B): the slopes became gradients
+        d_W = cell.weight_gradient(d_a, *record)
+        d_projected = d_a.to(slopes.dtype).view(len(W), len(d_output), -1).permute(1, 2, 0)
+        return None, d_projected, d_W, *d_state
 
 
 class RNN(Cell):
@@ -127,10 +221,16 @@ class RNN(Cell):
 
     gates = ("h",)
 
-    def one_step(self, projected, h):
-        h = torch.tanh(projected + h @ self.hidden_weight.t())
-        self.show(h=h)
-        return h
+    def equations(self, W, px, h):
+        h = torch.tanh(times(W, h, px))
+        return (h,), (h,)
+
+    def slopes(self, h_before, h):
+        return (torch.stack([1 - h**2], dim=1),)
+
+    def back(self, W_T, slope, d_h):
+        d_a = slope[0].mul_(d_h)
+        return (times(W_T, d_a),)
 
 
 class LSTM(Cell):
@@ -145,28 +245,35 @@ class LSTM(Cell):
     The state is the pair (h, C).
     """
 
-    gates = ("f", "i", "C", "o")
+    gates = ("f", "i", "candidate", "o")
+    states = ("h", "C")
 
     def reset_parameters(self) -> None:
         """As the others, but the forget gate's bias is 1: at first the memory is kept."""
         super().reset_parameters()
         nn.init.ones_(self.bias[: self.hidden_size])
 
-    def zero_state(self, like):
-        """(h, C), both 0."""
-        return super().zero_state(like), super().zero_state(like)
-
-    def one_step(self, projected, state):
-        h, C = state
-        f, i, candidate, o = torch.addmm(projected, h, self.hidden_weight.t()).chunk(4, dim=-1)
+    def equations(self, W, px, h, C):
+        f, i, candidate, o = times(W, h, px).chunk(4)
         f = torch.sigmoid(f)
         i = torch.sigmoid(i)
         candidate = torch.tanh(candidate)
         C = f * C + i * candidate
         o = torch.sigmoid(o)
         h = o * torch.tanh(C)
-        self.show(f=f, i=i, candidate=candidate, o=o, C=C, h=h)
-        return h, C
+        return (h, C), (f, i, candidate, o)
+
+    def slopes(self, h_before, C_before, f, i, candidate, o, C):
+        """Of f, i and the candidate on C, of o on h; the forget gate; the slope of C on h."""
+        tanh_C = torch.tanh(C)
+        on_C = sigmoid_slope(C_before, f), sigmoid_slope(candidate, i), tanh_slope(i, candidate)
+        return torch.stack([*on_C, sigmoid_slope(tanh_C, o)], dim=1), f, tanh_slope(o, tanh_C)
+
+    def back(self, W_T, slope, f, C_on_h, d_h, d_C):
+        d_C = torch.addcmul(d_C, d_h, C_on_h)
+        slope[:3].mul_(d_C)
+        slope[3].mul_(d_h)
+        return times(W_T, slope.flatten(0, 1)), d_C * f
 
 
 class GRU(Cell):
@@ -182,15 +289,30 @@ class GRU(Cell):
     gates = ("z", "r", "candidate")
     has_bias = False
 
-    def one_step(self, projected, h):
+    def equations(self, W, px, h):
         size = [2 * self.hidden_size, self.hidden_size]
-        gates, candidate = projected.split(size, dim=-1)
-        W_zr, W = self.hidden_weight.split(size)
-        z, r = torch.sigmoid(gates + h @ W_zr.t()).chunk(2, dim=-1)
-        candidate = torch.tanh(candidate + (r * h) @ W.t())
+        (W_zr, W), (px_zr, px) = W.split(size), px.split(size)
+        z, r = torch.sigmoid(times(W_zr, h, px_zr)).chunk(2)
+        candidate = torch.tanh(times(W, r * h, px))
         h = (1 - z) * h + z * candidate
-        self.show(z=z, r=r, candidate=candidate, h=h)
-        return h
+        return (h,), (z, r, candidate)
+
+    def slopes(self, h_before, z, r, candidate):
+        """Of z on h, of r on r ⊗ h, of the candidate on h; what h keeps of itself; the reset gate."""
+        of_z, of_r = sigmoid_slope(candidate - h_before, z), sigmoid_slope(h_before, r)
+        return torch.stack([of_z, of_r, tanh_slope(z, candidate)], dim=1), 1 - z, r
+
+    def back(self, W_T, slope, kept, r, d_h):
+        W_zr_T, W_T = W_T.split([2 * self.hidden_size, self.hidden_size], dim=1)
+        slope[::2].mul_(d_h)  # z and the candidate
+        d_reset = times(W_T, slope[2])  # of r ⊗ h
+        slope[1].mul_(d_reset)
+        return (times(W_zr_T, slope[:2].flatten(0, 1), d_h * kept + d_reset * r),)
+
+    def weight_gradient(self, d_a, h_before, z, r, candidate):
+        d_zr, d_candidate = d_a.split([2 * self.hidden_size, self.hidden_size])
+        fed = side_by_side(r * h_before, d_a.dtype)  # the candidate's matrix multiplied r ⊗ h
+        return torch.cat([super().weight_gradient(d_zr, h_before), d_candidate @ fed.t()])
 
 
 CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
@@ -228,8 +350,9 @@ class CharModel(nn.Module):
         inputs = torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])  # EOS opens too
         if isinstance(self.rnn, Cell):
             # Only V symbols exist: project each once, then look up instead of multiplying T·B times.
-            table = self.rnn.project(self.emb.weight)  # (V, G·H)
-            output, _ = self.rnn.unroll(F.embedding(inputs, table))  # (T, B, H)
+            table = self.rnn.project(self.emb.weight).t()  # (G·H, V), a column for each symbol
+            projected = table.index_select(1, inputs.flatten()).view(-1, *inputs.shape)
+            output, _ = self.rnn.unroll(projected.permute(1, 2, 0))  # (T, B, H)
         else:
             output, _ = self.rnn(self.emb(inputs))
         return self.decoder(output)
