@@ -7,13 +7,14 @@ Shapes: T length, B batch, E embedding, H hidden, V symbols (97), G gates. Time 
 Losses and log-probabilities are in nats.
 """
 
+import ctypes
 import hashlib
 import math
 import os
 import signal
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ from textloader import (
     run_main,
 )
 
+HIDDEN = 256
+
 # ------------------------------------------------------------------------------------------- loss
 
 
@@ -52,7 +55,8 @@ def maskedCrossEntropy(output, target, padcar):
     real symbol gives 0; logits at padding positions do not matter, −inf or NaN included.
     """
     real = (target != padcar).flatten().nonzero().squeeze(1)
-    log_probs = output.flatten(0, -2).index_select(0, real).log_softmax(-1)  # (real symbols, V)
+    logits = output.flatten(0, -2).index_select(0, real)  # (real symbols, V)
+    log_probs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     wanted = target.flatten().index_select(0, real).unsqueeze(1)
     return -log_probs.gather(1, wanted).sum() / max(len(real), 1)
 
@@ -70,7 +74,7 @@ class Cell(nn.Module):
     for all time steps at once. `equations` is one time step as the paper writes it, with a column
     for a sentence: there, states are (H, B). A CPU multiplies W·h a third faster than h·Wᵀ, too.
 
-    A cell of your own needs `gates` and `equations`; autograd does the rest. Ours have `slopes`,
+    A cell of your own needs `gates` and `equations`; autograd does the rest. Ours have `slopes` and
     `back` as well, the backward pass by hand: see `ThroughTime`.
     """
 
@@ -99,7 +103,8 @@ class Cell(nn.Module):
 
     def project(self, x):
         """W_x x + b of every gate: (…, E) → (…, G·H)."""
-        return F.linear(x, self.input_weight, self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.input_weight, self.bias)
 
     def zero_state(self, like):
         """The state before the first symbol; `like` (B, …) gives batch size, dtype and device."""
@@ -543,6 +548,14 @@ def batches(subset, options, shuffle: bool) -> DataLoader:
     return DataLoader(subset, batch_sampler=sampler, collate_fn=pad_collate_fn)
 
 
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed: to give it back and fetch it again costs a tenth of each step."""
+    with suppress(OSError, AttributeError, TypeError):  # no glibc here
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
+
+
 def cosine(step: int, steps: int) -> float:
     """Factor on the learning rate: linear warm-up over 5 % of the steps, then half a cosine to 0."""
     warmup = max(1, steps // 20)
@@ -692,7 +705,7 @@ def parse_options(arguments=None):
     add("--epochs", type=number(int, 1), default=5, metavar="N", help="passes over the training sentences")
     add("--batch-size", type=number(int, 1), default=BATCH_SIZE, metavar="B", help="sentences in a batch")
     add("--embedding", type=number(int, 1), default=128, metavar="E", help="size of a symbol's embedding")
-    add("--hidden", type=number(int, 1), default=256, metavar="H", help="size of the hidden state")
+    add("--hidden", type=number(int, 1), default=HIDDEN, metavar="H", help="size of the hidden state")
     add("--lr", type=number(float, 0, above=True), default=5e-3, metavar="RATE", help="peak learning rate")
     add(
         "--clip",

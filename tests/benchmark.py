@@ -8,6 +8,7 @@ over alternated rounds, so that a machine that slows down slows both; only the r
 """
 
 import argparse
+import itertools
 import os
 import platform
 import statistics
@@ -16,9 +17,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from textloader import BATCH_SIZE, EOS_IX, PAD_IX, SYMBOLS  # noqa: E402
+from tp5 import HIDDEN, CharModel, keep_freed_memory, maskedCrossEntropy  # noqa: E402
 
 
 def alternate(calls: dict, rounds: int = 15) -> dict[str, float]:
@@ -53,25 +58,76 @@ def table(title: str, rows: list[tuple], units: str) -> None:
 
 def machine() -> str:
     """What the figures were measured on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if "model name" in line)
-        if Path("/proc/cpuinfo").exists()
-        else iter([platform.processor()]),
-        "unknown processor",
-    )
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return (
-        f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
 
 
-POINTS = {}
+# ------------------------------------------------------------------------------------------- step
+
+TORCH_CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+T, E = 60, 128
+
+
+def training_step(cell: str, batch_size: int, hidden: int, *, library: str = "ours", precision=torch.float32):
+    """A training step of `CharModel` on one batch of T symbols: forward, backward, clip, optimiser."""
+    torch.manual_seed(0)
+    model = CharModel(cell, E, hidden)
+    if library == "torch":
+        model.rnn = TORCH_CELLS[cell](E, hidden)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    batch = torch.randint(EOS_IX + 1, SYMBOLS, (T, batch_size))
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            output = model(batch)
+        maskedCrossEntropy(output, batch, PAD_IX).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def step() -> None:
+    """Training steps with our cells against the same model with torch.nn's, float32."""
+    rows = []
+    for cell, hidden, size in itertools.product(TORCH_CELLS, (128, 256, 512), (32, 64, 128)):
+        calls = {library: training_step(cell, size, hidden, library=library) for library in ("ours", "torch")}
+        ms = {name: 1000 * seconds for name, seconds in alternate(calls, 7 if hidden == 512 else 15).items()}
+        default = (size, hidden) == (BATCH_SIZE, HIDDEN) and cell != "rnn"
+        what = f"{cell} B {size}, H {hidden}{' (default)' if default else ''}"
+        rows.append(row(what, ms["ours"], ms["torch"], ms["torch"] / ms["ours"], at_least=1.3 if default else 0.9))
+    table(f"Training step, T {T}, E {E}, float32: ours against torch.nn", rows, "ms")
+
+
+def bf16() -> None:
+    """Training steps with bfloat16 products against torch.nn's in float32."""
+    rows = []
+    for cell, hidden, size in itertools.product(("lstm", "gru"), (256, 512), (32, 128)):
+        calls = {
+            "ours": training_step(cell, size, hidden, precision=torch.bfloat16),
+            "torch": training_step(cell, size, hidden, library="torch"),
+        }
+        ms = {name: 1000 * seconds for name, seconds in alternate(calls, 9).items()}
+        rows.append(
+            row(f"{cell} B {size}, H {hidden}", ms["ours"], ms["torch"], ms["torch"] / ms["ours"], at_least=1.8)
+        )
+    table(f"Training step, T {T}, E {E}: ours in bfloat16 against torch.nn in float32", rows, "ms")
+
+
+POINTS = {"step": step, "bf16": bf16}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=POINTS, action="append", help="measure this point (may be repeated)")
     only = parser.parse_args().only
+    keep_freed_memory()
     print(machine())
     for name in only or POINTS:
         POINTS[name]()

@@ -1,5 +1,8 @@
 """Questions 2, 4 and 5: the loss and the cells, against oracles from elsewhere."""
 
+import gc
+import weakref
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from textloader import EOS_IX, PAD_IX, SYMBOLS
-from tp5 import CELLS, CharModel, maskedCrossEntropy, watch
+from tp5 import CELLS, Cell, CharModel, ThroughTime, maskedCrossEntropy, through_time, watch
 
 T, B, E, H = 5, 3, 4, 6
 
@@ -113,6 +116,82 @@ def test_gradients_by_finite_differences(name):
         return cell(x)[0]
 
     assert torch.autograd.gradcheck(outputs, (x, *parameters))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_backward_by_hand_equals_autograds(name):
+    """The plain loop under autograd is the oracle of `ThroughTime`, for every input's gradient."""
+    torch.manual_seed(5)
+    cell = CELLS[name](E, H).double()
+    state = tuple(torch.randn(H, B, dtype=torch.float64, requires_grad=True) for _ in cell.states)
+    projected = torch.randn(T, B, len(cell.gates) * H, dtype=torch.float64, requires_grad=True)
+    inputs = (projected, cell.hidden_weight, *state)
+    found = []
+    for run in (through_time, ThroughTime.apply):
+        outputs = run(cell, *inputs)
+        loss = sum((output * torch.arange(output.numel()).view_as(output).sin()).sum() for output in outputs)
+        found.append((loss, *torch.autograd.grad(loss, inputs)))
+    for plain, by_hand in zip(*found, strict=True):
+        torch.testing.assert_close(plain, by_hand)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_bfloat16_products_stay_close(name):
+    """Products in bfloat16 (8 bits), everything else in float32: outputs, states and gradients follow."""
+    torch.manual_seed(6)
+    model = CharModel(name, E, 4 * H)
+    targets = torch.randint(2, SYMBOLS, (T, B))
+    losses, gradients = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), watch(model.rnn) as states:
+            loss = maskedCrossEntropy(model(targets), targets, PAD_IX)
+        assert loss.dtype == torch.float32 and all(steps[0].dtype == torch.float32 for steps in states.values())
+        losses.append(loss.item())
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])]))
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_a_students_cell_needs_only_its_equations(name):
+    """Without `slopes` and `back`, autograd goes through the loop; the gradients are the same."""
+
+    class Students(Cell):
+        gates, states, has_bias = CELLS[name].gates, CELLS[name].states, CELLS[name].has_bias
+        equations = CELLS[name].equations
+
+    torch.manual_seed(7)
+    ours, theirs = CharModel(name, E, H).double(), CharModel(name, E, H).double()
+    theirs.rnn = Students(E, H).double()
+    theirs.load_state_dict(ours.state_dict())
+    targets = torch.randint(2, SYMBOLS, (T, B))
+    for model in (ours, theirs):
+        maskedCrossEntropy(model(targets), targets, PAD_IX).backward()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_memory_is_freed_with_the_graph(name):
+    """No cycle keeps a training step's tensors alive until the collector runs."""
+    cell, seen = CELLS[name](E, H), []
+    equations = cell.equations
+
+    def watched_equations(*inputs):
+        after, gates = equations(*inputs)
+        seen.extend(map(weakref.ref, after + gates))
+        return after, gates
+
+    cell.equations = watched_equations
+    gc.disable()
+    try:
+        output, state = cell(torch.randn(T, B, E))
+        output.sum().backward()
+        assert any(tensor() is not None for tensor in seen)
+        del output, state
+        assert all(tensor() is None for tensor in seen)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", CELLS)
