@@ -1,24 +1,39 @@
-"""Questions 3, 6 and 7: write sentences with a trained model.
+"""Questions 3, 6 and 7: write sentences with a trained model, and say how far they are from the likeliest.
 
 A decoder here works on any `(rnn, emb, decoder)`: our cells or `torch.nn.RNN/GRU/LSTM`, a
 `torch.nn.Embedding`, a linear layer from hidden state to logits. It reads EOS and the start text
 once, then advances the state one symbol at a time; it never runs a prefix again.
 
+    greedy           `generate`: a beam of one
+    sampling         `generate(temperature=…)`: a stochastic beam of one
+    beam             `generate_beam`: the k likeliest prefixes at every step, with a certificate
+    stochastic beam  `generate_distinct`: k different sentences, drawn without replacement
+    exact            `generate_exact`: the likeliest sentence, proved
+
     python generate.py                 # every decoder side by side
-    python generate.py --beam 5        # the most likely sentences that a beam of 5 finds
     python generate.py --beam 5 --nucleus 0.9 --start "Our "
+    python generate.py --exact --min-length 20
+
+Shapes: K beams or prefixes, V symbols. Scores are log-probabilities in nats, in float64.
 """
 
 import math
-from dataclasses import dataclass
+import time
+from argparse import Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from textloader import EOS_IX, HERE, PAD_IX, LabError, Parser, clean, id2lettre, number, run_main, string2code
+from textloader import EOS_IX, HERE, PAD_IX, LabError, Parser, clean, code2string, lettre2id, number, one_line, run_main
 
 RUNS = HERE / "runs"
 MAXLEN = 200
+BUDGET = 500_000  # prefixes that exact search expands before it gives up
+FRONTIER_BYTES = 2**27  # of the prefixes that exact search holds
+BEAM, NUCLEUS = 5, 0.9  # where the command line names none
+WIDEST = 4096  # beam that is tried in search of an optimum
+NEVER = -math.inf  # log-probability
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class Hypothesis:
     ended            True if it closed with EOS, False if it was cut at `maxlen`
     gap              nats by which a sentence that the search did not return may still be better:
                      0 means proved, None that nothing was searched
-    search_log_prob  nats, under the distribution that was searched or sampled (temperature, nucleus)
+    search_log_prob  nats, under the distribution that was searched or drawn from (see `reshaped`)
     """
 
     text: str
@@ -57,8 +72,7 @@ def p_nucleus(decoder, alpha: float):
 
     Raises ValueError unless 0 < alpha <= 1.
     """
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha is {alpha}, must be above 0 and at most 1")
+    check("alpha", alpha, 0, 1, above=True)
 
     def compute(h):
         probs = decoder(h).softmax(-1)  # (…, V)
@@ -74,110 +88,254 @@ def p_nucleus(decoder, alpha: float):
     return compute
 
 
-def without_blank(decoder):
-    """`decoder` with BLANK's logit at −inf: the distribution that every decoder here reads."""
-
-    def logits(h):
-        blank = torch.tensor([PAD_IX], device=h.device)
-        return decoder(h).index_fill(-1, blank, float("-inf"))
-
-    return logits
+def at_temperature(log_probs, temperature: float):
+    """The distribution (…, V) with all log-odds divided by `temperature` (> 0)."""
+    # The largest becomes 0 first, so that a temperature near 0 cannot overflow.
+    return ((log_probs - log_probs.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
 
 
-def distributions(decoder, h, temperature: float = 1.0, alpha: float = 1.0):
-    """Log-probabilities of the next symbol after `h` (K, H), float64: the model's, and the search's.
+def of_top_k(log_probs, k: int):
+    """The distribution (…, V) with only its `k` most likely symbols left; ties keep the codes' order."""
+    ranked, symbols = log_probs.sort(dim=-1, descending=True, stable=True)
+    ranked[..., k:] = NEVER
+    return torch.empty_like(log_probs).scatter(-1, symbols, ranked).log_softmax(-1)
 
-    The search's is the model's at `temperature` (> 0), then cut to its nucleus of mass `alpha`.
+
+def reshaped(temperature: float = 1.0, top_k: int | None = None, alpha: float = 1.0):
+    """What is searched or drawn from instead of the model: temperature, then top-k, then nucleus.
+
+    Returns a function from log-probabilities (…, V) to new ones, or None where nothing changes.
+    Raises ValueError for options out of range; `temperature` must be above 0 here.
     """
-    logits = without_blank(decoder)(h).double()  # (K, V)
-    model = logits.log_softmax(-1)
-    # The largest logit becomes 0 first, so that a temperature near 0 cannot overflow.
-    cooled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if alpha == 1:
-        return model, cooled.log_softmax(-1)
-    return model, p_nucleus(lambda logits: logits, alpha)(cooled).log()
+    check("temperature", temperature, 0, above=True)
+    check("alpha", alpha, 0, 1, above=True)
+    if top_k is not None:
+        check("top_k", top_k, 1)
+    if temperature == 1 and top_k is None and alpha == 1:
+        return None
+
+    def reshape(log_probs):
+        if temperature != 1:
+            log_probs = at_temperature(log_probs, temperature)
+        if top_k is not None:
+            log_probs = of_top_k(log_probs, top_k)
+        return p_nucleus(lambda logits: logits, alpha)(log_probs).log() if alpha < 1 else log_probs
+
+    return reshape
 
 
-# ------------------------------------------------------------------------------------------ state
+def check(name: str, value, low, high=math.inf, *, above=False) -> None:
+    """Raise ValueError unless `value` is finite and from `low` (`above`: beyond it) to `high`."""
+    if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+        most = f" and at most {high}" if high < math.inf else ""
+        raise ValueError(f"{name} is {value}, must be {'above' if above else 'at least'} {low}{most}")
 
 
-def advance(rnn, emb, symbols, state=None):
-    """Read `symbols` (T, K); return the last hidden state (K, H) and the state after it."""
-    output, state = rnn(emb(symbols), state)
-    return output[-1], state
+# ----------------------------------------------------------------------------- reading the model
+
+
+class Reader:
+    """Reads one symbol per beam and says how likely each next one is, for any `(rnn, emb, decoder)`.
+
+    A cell that offers `project` and `one_step` takes its input from a table of the V projected
+    symbols, computed once; any other cell is called like `torch.nn`'s. What is searched or drawn from
+    may differ from the model: the other options are those of `reshaped`.
+    """
+
+    def __init__(self, rnn, emb, decoder, **options):
+        self.rnn, self.emb, self.decoder, self.device = rnn, emb, decoder, emb.weight.device
+        self.reshape = reshaped(**options)
+        self.table = rnn.project(emb.weight) if hasattr(rnn, "one_step") else None  # (V, G·H)
+        self.blank = torch.tensor([PAD_IX], device=self.device)
+
+    def log_probs(self, h):
+        """Hidden states (…, H) → log-probabilities (…, V) of the next symbol; BLANK's is −inf."""
+        return self.decoder(h).double().index_fill(-1, self.blank, NEVER).log_softmax(-1)
+
+    def read(self, symbols, state):
+        """Read symbols (K,) after `state` (None: zeros). Returns the log-probabilities (K, V) of the next
+        symbol under the model and under what is searched or drawn from, and the state after."""
+        if self.table is None:
+            output, state = self.rnn(self.emb(symbols)[None], state)
+            h = output[0]
+        else:
+            projected = self.table.index_select(0, symbols)
+            state = self.rnn.one_step(projected, self.rnn.zero_state(projected) if state is None else state)
+            h = state[0] if isinstance(state, tuple) else state
+        model = self.log_probs(h)
+        return model, model if self.reshape is None else self.reshape(model), state
+
+    def prompt(self, eos: int, start: str):
+        """EOS and the start text, all but the last symbol read: that symbol (1,) and the state so far."""
+        codes = torch.tensor([eos, *codes_of(read_start(start))], device=self.device)
+        state = self.rnn(self.emb(codes[:-1])[:, None])[1] if len(codes) > 1 else None
+        return codes[-1:], state
+
+
+def codes_of(text: str) -> list[int]:
+    """The codes of a text, symbol by symbol; ValueError if some are outside the alphabet."""
+    outside = sorted({c for c in text if c not in lettre2id})
+    if outside:
+        raise ValueError(f"the text has characters outside the alphabet: {' '.join(outside)}")
+    return [lettre2id[c] for c in text]
+
+
+def read_start(start: str) -> str:
+    """A start text as a person types it, written in the alphabet; ValueError if that would lose characters."""
+    text, dropped = clean(start)
+    if dropped:
+        raise ValueError(f"the start text has characters outside the alphabet: {' '.join(dropped)}")
+    return text
+
+
+def map_state(function, *states):
+    """`function` of every tensor of a state: one tensor or nested tuples of them, K the last axis but one."""
+    if isinstance(states[0], tuple):
+        return tuple(map_state(function, *parts) for parts in zip(*states, strict=True))
+    return function(*states)
 
 
 def select(state, beams):
-    """The state of the given beams, in their order: the batch is every tensor's last axis but one."""
-    if isinstance(state, tuple):
-        return tuple(select(part, beams) for part in state)
-    return state.index_select(-2, beams)
+    """The state of the given beams (K,), in their order."""
+    return map_state(lambda part: part.index_select(-2, beams), state)
 
 
-def read_start(rnn, emb, eos: int, start: str):
-    """Read EOS and the start text from a zero state: hidden state (1, H) and state of one beam."""
-    dropped = clean(start)[1]
-    if dropped:
-        raise ValueError(f"the start text has characters outside the alphabet: {' '.join(dropped)}")
-    codes = torch.cat([torch.tensor([eos]), string2code(start)]).to(emb.weight.device)
-    return advance(rnn, emb, codes.unsqueeze(1))
+# ------------------------------------------------------------------------------------ beam search
 
 
-def check_options(k=1, maxlen=1, temperature=1.0, alpha=1.0) -> None:
-    """Raise ValueError for an option out of range."""
-    if k < 1:
-        raise ValueError(f"k is {k}, must be at least 1")
-    if maxlen < 1:
-        raise ValueError(f"maxlen is {maxlen}, must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, must be 0 or more")
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha is {alpha}, must be above 0 and at most 1")
+@dataclass(frozen=True)
+class Found:
+    """A sentence that a beam has found: the `length` symbols that led to its live beam `beam`."""
+
+    key: float  # what it was ranked by
+    score: float
+    own: float  # under the model itself
+    length: int
+    beam: int
+    ended: bool = False  # or cut
 
 
-# --------------------------------------------------------------------------------------- decoders
+class Beam:
+    """Beam search, one symbol per `step`: the `k` best among live and ended prefixes together survive.
 
-
-def generate(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, temperature=0.0, alpha=1.0, generator=None):
-    """Question 3: write one sentence, symbol by symbol, until EOS or `maxlen` characters.
-
-    temperature  0: greedy, always the most likely symbol (a beam of one); above 0: a random symbol
-                 from the distribution at that temperature
-    alpha        sample from the nucleus of this mass (after the temperature)
-    generator    a CPU `torch.Generator` for the sampling; None: a fresh one, seeded by the system
-
-    Returns a Hypothesis. Raises ValueError for options out of range or a start text outside the
-    alphabet. The global random state is not touched.
+    "Best" is by score; with a `generator` by the score perturbed with Gumbel noise, which makes it the
+    stochastic beam (see `generate_distinct`). A prefix's score, perturbed or not, can only fall: so the
+    largest among those let go, `bound`, is above every sentence that they could have become, and the
+    search is over once the `n` best prefixes have ended.
     """
-    check_options(maxlen=maxlen, temperature=temperature, alpha=alpha)
-    if temperature == 0:
-        return generate_beam(rnn, emb, decoder, eos, 1, start, maxlen)[0]
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    return _sample(rnn, emb, decoder, eos, start, maxlen, temperature, alpha, generator)
+
+    def __init__(self, reader, eos, k, start, maxlen, *, n=None, min_length=0, generator=None):
+        check("k", k, 1)
+        self.n = k if n is None else n
+        check("n", self.n, 1, k)
+        check("maxlen", maxlen, 1)
+        check("min_length", min_length, 0, maxlen)
+        self.reader, self.eos, self.k, self.maxlen, self.min_length = reader, eos, k, maxlen, min_length
+        self.generator = generator
+        self.symbols, self.state = reader.prompt(eos, start)  # what the live beams read next, and after what
+        self.scores = torch.zeros(1, dtype=torch.float64, device=reader.device)  # of the live beams
+        self.own = self.keys = self.scores  # under the model itself; as ranked
+        self.parents, self.written = [], []  # back-pointers and symbols: a tuple over live beams per step
+        self.ended, self.cut, self.bound = [], [], NEVER
+
+    def step(self) -> bool:
+        """Read the live beams' symbols, keep the best of what may follow; False when that is the end."""
+        model, search = self.distributions()
+        scores = self.scores[:, None] + search  # (live, V)
+        keys = scores if self.generator is None else perturbed(scores, self.keys, self.generator)
+        self.pool = keys.flatten()  # what competes: the ended, then every child of live beams
+        if self.ended:
+            self.pool = torch.cat([self.pool.new_tensor([found.key for found in self.ended]), self.pool])
+        # The best one let go is at rank k, except at the last step, where the cut ones do not count.
+        count = len(self.pool) if self.is_last() else min(self.k + 1, len(self.pool))
+        ranked = zip(*(column.tolist() for column in self.pool.topk(count)), strict=True)
+
+        before, self.ended, self.ended_places, grown = self.ended, [], [], []
+        for rank, (key, place) in enumerate(ranked):
+            if key == NEVER:
+                break
+            beam, symbol = divmod(place - len(before), scores.shape[1])  # beam < 0: ended at an earlier step
+            is_cut = beam >= 0 and symbol == PAD_IX
+            if rank >= self.k or (len(self.ended) == self.n and not grown):
+                if is_cut:
+                    continue
+                self.bound = max(self.bound, key)
+                break
+            if is_cut:
+                self.cut.append(Found(key, self.scores[beam].item(), self.own[beam].item(), len(self.written), beam))
+            elif beam >= 0 and symbol != self.eos:
+                grown.append((place, key, beam, symbol))
+            else:
+                self.ended_places.append(place)
+                self.ended.append(before[place] if beam < 0 else self.close(key, beam, scores, model))
+        self.grow(grown, scores, model)
+        return bool(grown)
+
+    def is_last(self) -> bool:
+        """Whether the live beams have all the characters that they may have."""
+        return len(self.written) == self.maxlen
+
+    def distributions(self):
+        """Log-probabilities (live, V) of the next symbol: the model's, and those to search by."""
+        model, search, self.state = self.reader.read(self.symbols, self.state)
+        if len(self.written) < self.min_length:
+            search = search.clone()
+            search[:, self.eos] = NEVER
+        if self.is_last():  # EOS, or the cut: BLANK's free column takes the best of all else, or its mass
+            end, search = search, torch.full_like(search, NEVER)
+            search[:, self.eos] = end[:, self.eos]
+            others = end.index_fill(-1, self.symbols.new_tensor([self.eos]), NEVER)
+            search[:, PAD_IX] = others.amax(-1) if self.generator is None else others.logsumexp(-1)
+        return model, search
+
+    def close(self, key, beam, scores, model) -> Found:
+        """The sentence that ends after what live beam `beam` has written."""
+        own = self.own[beam] + model[beam, self.eos]
+        return Found(key, scores[beam, self.eos].item(), own.item(), len(self.written), beam, ended=True)
+
+    def grow(self, grown, scores, model) -> None:
+        """Make the (place, key, beam, symbol) in `grown` the live beams; `state` follows by back-pointer."""
+        self.grown_places, keys, parents, symbols = zip(*grown, strict=True) if grown else [()] * 4
+        if not grown:
+            return
+        beams = torch.tensor(parents, device=self.reader.device)
+        self.symbols = torch.tensor(symbols, device=self.reader.device)
+        if parents != tuple(range(len(self.scores))):
+            self.state = select(self.state, beams)
+        self.keys = scores.new_tensor(keys)
+        self.scores = self.keys if self.generator is None else scores[beams, self.symbols]
+        self.own = self.scores if self.reader.reshape is None else self.own[beams] + model[beams, self.symbols]
+        self.parents.append(parents)
+        self.written.append(symbols)
+
+    def text(self, length: int, beam: int) -> str:
+        """What live beam `beam` had written after `length` steps."""
+        codes = []
+        for step in reversed(range(length)):
+            codes.append(self.written[step][beam])
+            beam = self.parents[step][beam]
+        return code2string(reversed(codes))
+
+    def run(self) -> list[Hypothesis]:
+        """Search to the end."""
+        while self.step():
+            pass
+        return self.hypotheses()
+
+    def hypotheses(self) -> list[Hypothesis]:
+        """The `n` best first: the ended, then the cut; drawn ones in the order of drawing."""
+        found, drawn = self.ended + self.cut, self.generator is not None
+        if drawn:
+            found.sort(key=lambda one: -one.key)
+        gaps = [None if drawn else max(0.0, self.bound - one.score) for one in found]
+        return [
+            Hypothesis(self.text(one.length, one.beam), one.own, one.ended, gap, one.score)
+            for one, gap in zip(found[: self.n], gaps, strict=False)
+        ]
 
 
-@torch.no_grad()
-def _sample(rnn, emb, decoder, eos, start, maxlen, temperature, alpha, generator) -> Hypothesis:
-    h, state = read_start(rnn, emb, eos, start)
-    text, log_prob, search_log_prob = "", 0.0, 0.0
-    while True:
-        model, search = distributions(decoder, h, temperature, alpha)  # (1, V) each
-        symbol = torch.multinomial(search[0].exp().cpu(), 1, generator=generator).item()
-        ended = symbol == eos
-        if not ended and len(text) == maxlen:
-            return Hypothesis(text, log_prob, False, None, search_log_prob)
-        log_prob += model[0, symbol].item()
-        search_log_prob += search[0, symbol].item()
-        if ended:
-            return Hypothesis(text, log_prob, True, None, search_log_prob)
-        text += id2lettre[symbol]
-        h, state = advance(rnn, emb, torch.tensor([[symbol]], device=h.device), state)
-
-
-@torch.no_grad()
-def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, alpha=1.0):
+@torch.inference_mode()
+def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, n=None, min_length=0, **space):
     """Questions 6 and 7: beam search for the most likely sentences; `alpha` below 1: nucleus beam.
 
     At every step the `k` most likely prefixes are kept, live and ended together, so `k = 1` is
@@ -185,61 +343,294 @@ def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, alpha=1
     search let go bounds every sentence that it did not return: what a sentence lacks to that bound
     is its `gap`, and one without gap is proved to be the most likely (of those not returned).
 
-    Returns a list of at most `k` Hypothesis, best first: ended ones by the log-probability that was
-    searched, then those cut at `maxlen`. Raises ValueError for options out of range or a start text
-    outside the alphabet.
+    n              sentences wanted (None: k); the search stops when no live prefix can be among them
+    min_length     a sentence of fewer characters does not count
+    space          what to search instead of the model: `alpha`, `top_k`, `temperature` (see `reshaped`)
+
+    Returns a list of at most `n` Hypothesis, best first: ended ones by the log-probability that was
+    searched, then those cut at `maxlen`. It is empty only where `min_length` and the nucleus leave no
+    way on. Raises ValueError for options out of range or a start text outside the alphabet.
     """
-    check_options(k=k, maxlen=maxlen, alpha=alpha)
-    h, state = read_start(rnn, emb, eos, start)
-    texts, own, scores = [""], h.new_zeros(1).double(), h.new_zeros(1).double()  # of the live beams
-    ended, cut = [], []  # (search score, own score, text), best first
-    bound = -math.inf
-    for length in range(maxlen + 1):
-        model, search = distributions(decoder, h, alpha=alpha)  # (live, V) each
-        pool = torch.cat([scores.new_tensor([e[0] for e in ended]), (scores[:, None] + search).flatten()])
-        ranked, places = pool.sort(descending=True, stable=True)
-        bound = max(bound, *ranked[k : k + 1].tolist(), -math.inf)  # the best of those let go
-        survivors = places[:k][ranked[:k] > -math.inf].tolist()
-
-        grown, now_ended = [], [ended[p] for p in survivors if p < len(ended)]
-        for place in survivors:
-            beam, symbol = divmod(place - len(ended), search.shape[-1])
-            if beam < 0:  # ended at an earlier step
-                continue
-            if symbol == eos:
-                now_ended.append((pool[place].item(), (own[beam] + model[beam, eos]).item(), texts[beam]))
-            elif length < maxlen:
-                grown.append((place, beam, symbol))
-            elif (scores[beam].item(), own[beam].item(), texts[beam]) not in cut:
-                cut.append((scores[beam].item(), own[beam].item(), texts[beam]))
-        ended = sorted(now_ended, key=lambda e: -e[0])
-        if not grown:
-            break
-
-        places, beams, symbols = (torch.tensor(column, device=h.device) for column in zip(*grown, strict=True))
-        texts = [texts[beam] + id2lettre[symbol] for _, beam, symbol in grown]
-        scores, own = pool[places], own[beams] + model[beams, symbols]
-        h, state = advance(rnn, emb, symbols.unsqueeze(0), select(state, beams))
-
-    found = [(*e, True) for e in ended] + [(*c, False) for c in sorted(cut, key=lambda c: -c[0])]
-    return [
-        Hypothesis(text, log_prob, is_ended, max(0.0, bound - score), score)
-        for score, log_prob, text, is_ended in found[:k]
-    ]
+    reader = Reader(rnn, emb, decoder, **space)
+    return Beam(reader, eos, k, start, maxlen, n=n, min_length=min_length).run()
 
 
-@torch.no_grad()
+@torch.inference_mode()
+def generate(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, temperature=0.0, generator=None, write=None, **space):
+    """Question 3: write one sentence, symbol by symbol, until EOS or `maxlen` characters.
+
+    temperature  0: greedy, always the most likely symbol (a beam of one); above 0: a random symbol
+                 from the distribution at that temperature (a stochastic beam of one)
+    space        narrows it further: `top_k`, `alpha` (see `reshaped`)
+    generator    a CPU `torch.Generator` for the drawing; None: a fresh one, seeded by the system
+    write        called with each new character as soon as it is chosen
+
+    Returns a Hypothesis. Raises ValueError for options out of range or a start text outside the
+    alphabet. The global random state is not touched.
+    """
+    check("temperature", temperature, 0)
+    reader = Reader(rnn, emb, decoder, temperature=temperature or 1.0, **space)
+    beam = Beam(reader, eos, 1, start, maxlen, generator=(generator or fresh_generator()) if temperature else None)
+    while beam.step():
+        if write is not None:
+            write(code2string(beam.written[-1]))
+    return beam.hypotheses()[0]
+
+
+# ------------------------------------------------------------------------------- stochastic beam
+
+
+@torch.inference_mode()
+def generate_distinct(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, generator=None, **space):
+    """`k` different sentences, drawn without replacement (stochastic beam search, Kool et al. 2019).
+
+    Adding Gumbel noise to every sentence's log-probability and keeping the `k` largest draws without
+    replacement. Top-down it needs no enumeration: the largest perturbed log-probability below a
+    prefix is drawn first, then those of its children given that maximum (see `perturbed`).
+
+    Options as for `generate`, `temperature` 1 unless given and above 0. A sentence cut at `maxlen` counts as one, with
+    the probability of its characters and of not ending there. Returns at most `k` Hypothesis in the
+    order in which they were drawn: the first m are a draw of m.
+    """
+    reader = Reader(rnn, emb, decoder, **space)
+    return Beam(reader, eos, k, start, maxlen, generator=generator or fresh_generator()).run()
+
+
+def perturbed(scores, maxima, generator):
+    """Gumbel noise on the children's scores (K, V), given each parent's largest one, `maxima` (K,).
+
+    With G = score + noise, Z the row's largest G and T the wanted maximum, exp(−G) is moved by
+    exp(−T) − exp(−Z): G' = −log(exp(−T) − exp(−Z) + exp(−G)), here without overflow (appendix B.3).
+    """
+    noise = torch.empty(scores.shape, dtype=scores.dtype).exponential_(generator=generator)
+    G = scores - noise.clamp_min(1e-300).log().to(scores.device)
+    T = maxima[:, None]
+    v = T - G + log1mexp(G - G.amax(-1, keepdim=True))
+    return T - v.clamp_min(0) - (-v.abs()).exp().log1p()
+
+
+def log1mexp(x):
+    """log(1 − exp(x)) for x <= 0, exact near 0 and far from it (Mächler 2012)."""
+    return torch.where(x > -math.log(2), (-x.expm1()).log(), (-x.exp()).log1p())
+
+
+def fresh_generator() -> torch.Generator:
+    """A generator seeded by the system."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+# ----------------------------------------------------------------------------------- exact search
+
+
+@torch.inference_mode()
+def generate_exact(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, budget=BUDGET, n=1, min_length=0, **space):
+    """The `n` most likely sentences of at most `maxlen` characters, proved (branch and bound).
+
+    budget  prefixes expanded before the search gives up; then `gap` says how much better the
+            optimum may be than what was found. The memory is bounded too, by FRONTIER_BYTES.
+
+    Other options, result and errors as `generate_beam`'s.
+    """
+    reader = Reader(rnn, emb, decoder, **space)
+    return Exact(reader, eos, start, maxlen, budget=budget, n=n, min_length=min_length).run()
+
+
+class Exact:
+    """Best-first search over batches of prefixes, from what a beam has found.
+
+    A prefix is worth expanding while its score is above the n-th best sentence known, the `floor`.
+    The frontier holds such prefixes, each with the state before its last symbol, and a beam of 100
+    gives the first floor. When half its memory is used, the longest prefixes go first: they end or
+    fall below the floor soonest. Should it overflow all the same, the worst are let go, and `bound`
+    remembers the best of those.
+    """
+
+    BATCH = 512
+
+    def __init__(self, reader, eos, start, maxlen, *, budget, n, min_length):
+        check("budget", budget, 1)
+        check("n", n, 1)
+        beam = Beam(reader, eos, max(100, n), start, maxlen, n=n, min_length=min_length)
+        self.reader, self.eos, self.n, self.maxlen, self.min_length = reader, eos, n, maxlen, min_length
+        self.budget, self.expanded, self.bound = budget, 0, NEVER
+        self.symbols, self.state = reader.prompt(eos, start)
+        seeds = beam.run()
+        self.cut = [seed for seed in seeds if not seed.ended]
+        self.found = {seed.text: (seed.search_log_prob, seed.log_prob) for seed in seeds if seed.ended}
+
+    def run(self) -> list[Hypothesis]:
+        """Search until nothing can be better or the budget is spent; the `n` best, best first."""
+        frontier = Frontier(len(self.reader.emb.weight))
+        zero = torch.zeros(1, 1, dtype=torch.float64, device=self.reader.device)
+        codes = zero.new_zeros(1, self.maxlen, dtype=torch.uint8)
+        nodes = (zero, zero, self.symbols[:, None], zero.long(), codes, self.state)
+        while nodes is not None:
+            children = self.expand(*nodes)
+            self.bound = max(self.bound, frontier.push(children))
+            nodes = frontier.pop(min(self.BATCH, self.budget - self.expanded), self.floor())
+        self.bound = max(self.bound, frontier.best())
+        ended = [
+            Hypothesis(text, own, True, max(0.0, self.bound - score), score)
+            for text, (score, own) in self.found.items()
+        ]
+        cut = [replace(seed, gap=max(0.0, self.bound - seed.search_log_prob)) for seed in self.cut]
+        return (ended + cut)[: self.n]
+
+    def floor(self) -> float:
+        """The score that a sentence must beat to be among the `n` best."""
+        return list(self.found.values())[self.n - 1][0] if len(self.found) >= self.n else NEVER
+
+    def expand(self, scores, own, symbols, lengths, codes, state):
+        """Read the last symbols of prefixes (K rows); note the sentences that end there, return the children."""
+        self.expanded += len(scores)
+        model, search, state = self.reader.read(symbols[:, 0], state)
+        scores, own = scores + search, own + model  # (K, V)
+        ends = scores[:, self.eos].masked_fill(lengths[:, 0] < self.min_length, NEVER)
+        for row in (ends > self.floor()).nonzero()[:, 0].tolist():
+            self.note(code2string(codes[row].tolist()), ends[row].item(), own[row, self.eos].item())
+        scores[:, self.eos] = NEVER
+        scores.masked_fill_(lengths == self.maxlen, NEVER)
+        rows, symbols = (scores > self.floor()).nonzero(as_tuple=True)
+        codes, lengths = codes[rows], lengths[rows]
+        codes.scatter_(1, lengths, symbols[:, None].to(codes.dtype))
+        scores, own = scores[rows, symbols, None], own[rows, symbols, None]
+        return scores, own, symbols[:, None], lengths + 1, codes, select(state, rows)
+
+    def note(self, text: str, score: float, own: float) -> None:
+        """Keep a sentence if it is new and among the `n` best."""
+        self.found.setdefault(text, (score, own))
+        best = sorted(self.found.items(), key=lambda item: -item[1][0])
+        self.found = dict(best[: self.n])
+
+
+class Frontier:
+    """Prefixes that wait to be expanded, as rows of tensors: scores, own, symbols, lengths, codes, states."""
+
+    def __init__(self, V: int):
+        self.rows, self.V = None, V
+
+    def push(self, nodes) -> float:
+        """Add prefixes; return the best score among those that there was no room for (−inf: none)."""
+        scores = nodes[0][:, 0]
+        if self.rows is None:
+            if not len(scores):
+                return NEVER
+            sizes = []
+            map_state(lambda part: sizes.append(part[..., :1, :].numel() * part.element_size()), nodes)
+            self.capacity = max(2, FRONTIER_BYTES // sum(sizes))
+            self.rows = map_state(lambda part: part.new_empty(*part.shape[:-2], self.capacity, part.shape[-1]), nodes)
+            self.scores = self.rows[0][:, 0].fill_(NEVER)
+        free = (self.scores == NEVER).nonzero()[:, 0]
+        let_go = NEVER
+        if len(scores) > len(free):
+            ranked, order = scores.sort(descending=True)
+            let_go = ranked[len(free)].item()
+            nodes = select(nodes, order[: len(free)])
+        slots = free[: len(scores)]
+        map_state(lambda rows, part: rows.index_copy_(-2, slots, part), self.rows, nodes)
+        return let_go
+
+    def pop(self, count: int, floor: float):
+        """Take out the `count` prefixes to expand next; None if none is left above `floor`, or count is 0."""
+        if self.rows is None or not count:
+            return None
+        self.scores[self.scores <= floor] = NEVER
+        waiting = int((self.scores > NEVER).sum())
+        if not waiting:
+            return None
+        keys, room = self.scores, self.capacity - waiting
+        if room < self.capacity // 2:  # the longest first, and no more than have room for their children
+            keys, count = keys + 1e9 * self.rows[3][:, 0], min(count, max(1, room // self.V))
+        chosen = keys.topk(min(count, waiting)).indices
+        nodes = select(self.rows, chosen)
+        self.scores[chosen] = NEVER
+        return nodes
+
+    def best(self) -> float:
+        """The best score that waits (−inf: nothing does)."""
+        return NEVER if self.rows is None else self.scores.max().item()
+
+
+# -------------------------------------------------------------------------------- looking at a text
+
+
+def predictions(rnn, emb, decoder, eos, text, start, ended):
+    """By one forward pass: log-probabilities (n, V) before each symbol of `text`, and those symbols (n,).
+
+    EOS is the last one if `ended`.
+    """
+    prompt, written = [eos, *codes_of(read_start(start))], codes_of(text)
+    wanted = torch.tensor(written + [eos] * ended, dtype=torch.int64, device=emb.weight.device)
+    output, _ = rnn(emb(torch.tensor(prompt + written, device=emb.weight.device))[:, None])  # (T, 1, H)
+    first = len(prompt) - 1
+    return Reader(rnn, emb, decoder).log_probs(output[first : first + len(wanted), 0]), wanted
+
+
+@torch.inference_mode()
 def score(rnn, emb, decoder, eos, text, start="", *, ended=True) -> float:
     """Log-probability (nats) of `text` after `start`, EOS included if `ended`, by one forward pass."""
-    read = torch.cat([torch.tensor([eos]), string2code(start), string2code(text)]).to(emb.weight.device)
-    wanted = torch.cat([string2code(text), torch.tensor([eos] if ended else [], dtype=torch.int64)])
-    if not len(wanted):
-        return 0.0
-    output, _ = rnn(emb(read).unsqueeze(1))  # (T, 1, H)
-    first = len(read) - len(string2code(text)) - 1
-    logits = without_blank(decoder)(output[first : first + len(wanted), 0]).double()  # (n, V)
-    wanted = wanted.to(logits.device).unsqueeze(1)
-    return logits.log_softmax(-1).gather(1, wanted).sum().item()
+    log_probs, wanted = predictions(rnn, emb, decoder, eos, text, start, ended)
+    return log_probs.gather(1, wanted[:, None]).sum().item()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the model thought of one symbol of a sentence."""
+
+    symbol: str  # "" is EOS
+    prob: float
+    rank: int  # 1 is the likeliest
+    in_nucleus: bool
+    nucleus_size: int
+    end_prob: float  # of EOS in its place
+
+
+@torch.inference_mode()
+def trace(rnn, emb, decoder, eos, text, start="", *, ended=True, alpha=NUCLEUS) -> list[Choice]:
+    """The model's view of `text`, symbol by symbol; the nucleus is that of mass `alpha`."""
+    log_probs, wanted = predictions(rnn, emb, decoder, eos, text, start, ended)
+    nucleus = p_nucleus(lambda logits: logits, alpha)(log_probs) > 0  # (n, V)
+    own = log_probs.gather(1, wanted[:, None])  # (n, 1)
+    columns = (
+        own[:, 0].exp(),
+        (log_probs > own).sum(1) + 1,
+        nucleus.gather(1, wanted[:, None])[:, 0],
+        nucleus.sum(1),
+        log_probs[:, eos].exp(),
+    )
+    symbols = [*text, ""] if ended else text
+    return [Choice(*row) for row in zip(symbols, *(column.tolist() for column in columns), strict=True)]
+
+
+@torch.inference_mode()
+def search_error(rnn, emb, decoder, eos, k, text, start="", maxlen=MAXLEN, *, min_length=0, **space):
+    """Where a beam of `k` loses the sentence `text`: (step, rank among all that competed there).
+
+    Steps and ranks count from 1. None if the beam keeps it to the end.
+    """
+    beam = Beam(Reader(rnn, emb, decoder, **space), eos, k, start, maxlen, min_length=min_length)
+    codes, step, going = [*codes_of(text), eos], 0, True
+    place = codes[0]  # of the prefix among all that compete
+    while going:
+        going, step = beam.step(), step + 1
+        if place in beam.ended_places:
+            place = beam.ended_places.index(place)
+        elif place in beam.grown_places:
+            place = len(beam.ended) + beam.grown_places.index(place) * len(emb.weight) + codes[step]
+        else:
+            return step, int((beam.pool > beam.pool[place]).sum()) + 1
+    return None
+
+
+def narrowest_beam(rnn, emb, decoder, eos, text, start="", maxlen=MAXLEN, **search) -> int | None:
+    """The smallest power of two up to WIDEST whose beam returns the sentence `text` as its best, or None."""
+    for k in (2**power for power in range(WIDEST.bit_length())):
+        best = generate_beam(rnn, emb, decoder, eos, k, start, maxlen, n=1, **search)
+        if best and best[0].ended and best[0].text == text:
+            return k
+    return None
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -253,50 +644,160 @@ def newest_checkpoint(runs: Path = RUNS) -> Path:
     return found[-1]
 
 
-def show(title: str, start: str, hypotheses: list[Hypothesis]) -> None:
-    """Print a decoder's sentences with their scores."""
-    print(f"\n{title}")
-    for hypothesis in hypotheses:
-        print(f"  {start}{hypothesis.text}{'' if hypothesis.ended else ' …'}")
-        facts = [
-            f"{hypothesis.log_prob:.2f} nats",
-            f"{hypothesis.bits_per_character:.2f} bits per character",
-            "ended" if hypothesis.ended else "cut at maxlen",
-        ]
-        if hypothesis.search_log_prob != hypothesis.log_prob:
-            facts.insert(1, f"{hypothesis.search_log_prob:.2f} as searched or sampled")
-        if hypothesis.gap is not None:
-            proved = hypothesis.gap == 0 and hypothesis.ended
-            facts.append("proved optimal" if proved else f"at most {hypothesis.gap:.2f} nats from the optimum")
-        print(f"    {', '.join(facts)}")
+def show_trace(hypothesis, start: str, parts, alpha: float) -> None:
+    """Print the model's view of a sentence, a line for each symbol."""
+    print(f"    symbol  probability  rank  in nucleus of {alpha:g} (size)  probability of ending here")
+    for c in trace(*parts, hypothesis.text, start, ended=hypothesis.ended, alpha=alpha):
+        nucleus = f"{'yes' if c.in_nucleus else 'no'} ({c.nucleus_size})"
+        print(f"    {c.symbol or 'end':6}  {c.prob:11.4f}  {c.rank:4}  {nucleus:24}  {c.end_prob:.4f}")
 
 
-def parse_options() -> object:
+def facts(hypothesis, first: bool) -> str:
+    """Scores and certificate of a sentence, the `first` of those returned or a later one."""
+    said = [f"{hypothesis.log_prob:.2f} nats"]
+    if hypothesis.search_log_prob != hypothesis.log_prob:
+        said.append(f"{hypothesis.search_log_prob:.2f} as {'drawn' if hypothesis.gap is None else 'searched'}")
+    said.append(f"{hypothesis.bits_per_character:.2f} bits per character")
+    said.append("ended" if hypothesis.ended else "cut at maxlen")
+    if hypothesis.gap == 0 and hypothesis.ended:
+        said.append("proved optimal" if first else "proved next best")
+    elif hypothesis.gap is not None:
+        where = "from the optimum" if first else "below a sentence not shown"
+        said.append(f"at most {hypothesis.gap:.2f} nats {where}")
+    return ", ".join(said)
+
+
+def exact(options, parts, space):
+    """Yield the sentences of exact search, then print what it took and where beam search loses the best."""
+    since, place = time.perf_counter(), (options.start, options.maxlen)
+    limits = dict(n=options.n or 1, min_length=options.min_length)
+    exact = Exact(Reader(*parts[:3], **space), EOS_IX, *place, budget=options.budget, **limits)
+    found = exact.run()
+    seconds = time.perf_counter() - since
+    yield from found
+    print(f"    {exact.expanded:,} prefixes expanded in {seconds:.1f} s")
+    if not found or not found[0].ended:
+        return
+    k, best, space = options.beam or BEAM, found[0].text, dict(min_length=options.min_length, **space)
+    lost = search_error(*parts, k, best, *place, **space)
+    said = f"a beam of {k} keeps it to the end"
+    if lost is not None:
+        step, rank = lost
+        what = repr(best[:step]) if step <= len(best) else "its end"
+        said = f"a beam of {k} loses it at step {step}, where {what} has rank {rank}"
+    narrowest = narrowest_beam(*parts, best, *place, **space) or f"none up to {WIDEST}"
+    print(f"    {said}; the narrowest of 1, 2, 4, … that finds it: {narrowest}")
+
+
+def decode(options, parts, generator):
+    """Yield the sentences that the options ask for; with --stream, print each while it is written."""
+    place = (options.start, options.maxlen)
+    temperature = 1.0 if options.temperature is None else options.temperature
+    space = dict(temperature=0.0 if options.greedy else temperature, top_k=options.top_k, alpha=options.nucleus or 1.0)
+    if options.exact:
+        yield from exact(options, parts, space)
+    elif options.beam and options.sample:
+        yield from generate_distinct(*parts, options.beam, *place, generator=generator, **space)[: options.n]
+    elif options.beam:
+        n, min_length = options.n or 1, options.min_length
+        yield from generate_beam(*parts, options.beam, *place, n=n, min_length=min_length, **space)
+    else:
+        for _ in range(1 if options.greedy else options.n or 1):
+            write = stream(options.start) if options.stream else None
+            yield generate(*parts, *place, write=write, generator=generator, **space)
+
+
+def stream(start: str):
+    """Begin a line with the start text; what is returned goes on with it, character by character."""
+    print(f"  {start}", end="", flush=True)
+    return lambda symbol: print(symbol, end="", flush=True)
+
+
+def title(options) -> str:
+    """What stands above a decoder's sentences."""
+    if options.greedy:
+        return "greedy"
+    kind = "stochastic beam" if options.sample else "beam"
+    said = "exact" if options.exact else f"{kind} of {options.beam}" if options.beam else "sampled"
+    for value, words in (
+        (options.temperature, "at temperature {}"),
+        (options.top_k, "over the {} likeliest symbols"),
+        (options.nucleus, "over the nucleus of {}"),
+        (options.min_length, "with at least {} characters"),
+    ):
+        said += f" {words.format(value)}" if value else ""
+    return said
+
+
+def show(options, parts, generator) -> None:
+    """Print what the options ask for: sentences, scores, certificates, the trace if wanted."""
+    print(f"\n{title(options)}")
+    first = True
+    for hypothesis in decode(options, parts, generator):
+        text = "" if options.stream else f"  {options.start}{hypothesis.text}"
+        print(f"{text}{'' if hypothesis.ended else ' …'}\n    {facts(hypothesis, first)}")
+        if options.trace:
+            show_trace(hypothesis, options.start, parts, options.nucleus or NUCLEUS)
+        first = False
+    if first:
+        print("    nothing: --min-length, --nucleus and --top-k leave no sentence")
+
+
+def parse_options():
     parser = Parser(prog="generate.py", description="Write sentences with a trained model.")
     add = parser.add_argument
-    add("--beam", type=number(int, 1), metavar="K", help="beam search that keeps the K likeliest prefixes")
-    add("--nucleus", type=number(float, 0, 1, above=True), metavar="ALPHA",
-        help="only the likeliest symbols of mass ALPHA: with --beam a nucleus beam, alone sampling")  # fmt: skip
-    add("--sample", action="store_true", help="draw each symbol from the model")
-    add("--temperature", type=number(float, 0), metavar="T",
-        help="sample at this temperature: below 1 bolder, 0 greedy")  # fmt: skip
     add("--greedy", action="store_true", help="take the likeliest symbol each time")
+    add("--sample", action="store_true", help="draw each symbol; with --beam K, draw K different sentences")
+    add("--beam", type=number(int, 1), metavar="K", help="beam search that keeps the K likeliest prefixes")
+    add("--exact", action="store_true", help="the likeliest sentence, proved, and where a beam (of --beam K) loses it")
+    add("--temperature", type=number(float, 0), metavar="T", help="draw at this temperature: below 1 bolder, 0 greedy")
+    add("--top-k", type=number(int, 1), metavar="N", help="only the N likeliest symbols")
+    add("--nucleus", type=number(float, 0, 1, above=True), metavar="ALPHA",
+        help="only the likeliest symbols of mass ALPHA (after temperature and top-k)")  # fmt: skip
     add("--start", default="", metavar="TEXT", help="text that the sentence goes on from")
     add("--maxlen", type=number(int, 1), default=MAXLEN, metavar="N", help="most new characters of a sentence")
-    add("-n", type=number(int, 1), default=1, metavar="N", help="number of sentences of each decoder")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the sampling")
+    add("--min-length", type=number(int, 0), default=0, metavar="N", help="fewest, for --beam and --exact")
+    add("--budget", type=number(int, 1), default=BUDGET, metavar="N", help="prefixes that --exact may expand")
+    add("-n", type=number(int, 1), metavar="N", help="sentences of each decoder (default: 1; --beam K --sample: K)")
+    add("--trace", action="store_true", help="the model's view of each sentence, symbol by symbol")
+    add("--stream", action="store_true", help="print a greedy or sampled sentence as it is written")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the drawing")
     add("--checkpoint", type=Path, metavar="FILE", help="a best.pt or last.pt (default: newest run's best.pt)")
     options = parser.parse_args()
-    sampling = options.sample or options.temperature is not None
-    if options.beam and (sampling or options.greedy):
-        parser.error("--beam does not go with --sample, --temperature or --greedy")
-    if options.greedy and (sampling or options.nucleus):
-        parser.error("--greedy does not go with --sample, --temperature or --nucleus")
-    if options.beam and options.n > options.beam:
-        parser.error(f"-n {options.n} sentences need a beam of at least as many: --beam {options.n}")
-    if options.greedy and options.n > 1:
-        parser.error("--greedy writes one sentence: leave -n out")
+    searched, drawn = bool(options.beam or options.exact), options.sample or options.temperature is not None
+    narrowed = bool(options.nucleus or options.top_k)
+    for wrong, advice in (
+        (options.greedy and (searched or drawn or narrowed), "--greedy goes with no other decoder's options"),
+        (options.greedy and options.n, "--greedy writes one sentence: leave -n out"),
+        (options.exact and options.sample, "--exact does not go with --sample"),
+        (searched and options.temperature == 0, "--temperature 0 is --greedy: it does not go with --beam or --exact"),
+        (options.beam and not options.exact and (options.n or 1) > options.beam,
+         f"-n {options.n} sentences need a beam of at least as many: --beam {options.n}"),
+        (options.min_length and (options.sample or not searched), "--min-length goes with --beam or --exact"),
+        (options.stream and (searched or not (options.greedy or drawn or narrowed)),
+         "--stream goes with --greedy, --sample, --temperature, --top-k or --nucleus, without --beam or --exact"),
+    ):  # fmt: skip
+        if wrong:
+            parser.error(advice)
+    options.greedy = options.greedy or options.temperature == 0
+    options.sample = options.sample or ((drawn or narrowed) and not searched and not options.greedy)
     return options
+
+
+def side_by_side(options):
+    """The options of every decoder in turn, where none was asked for."""
+    width = max(BEAM, options.n or 1)
+    for chosen in (
+        dict(greedy=True),
+        dict(sample=True),
+        dict(sample=True, temperature=0.5),
+        dict(sample=True, nucleus=NUCLEUS),
+        dict(beam=width),
+        dict(beam=width, nucleus=NUCLEUS),
+        dict(beam=width, sample=True),
+        dict(exact=True),
+    ):
+        yield Namespace(**{**vars(options), **chosen})
 
 
 def main() -> None:
@@ -305,36 +806,14 @@ def main() -> None:
     from tp5 import load_model  # tp5 imports this file
 
     model = load_model(path)
-    parts = (model.rnn, model.emb, model.decoder, EOS_IX, options.start, options.maxlen)
     generator = torch.Generator().manual_seed(options.seed)
-    print(f"{path}: {model.cell}, start {options.start!r}, seed {options.seed}")
-
-    def sample(temperature=1.0, alpha=1.0):
-        count = options.n if temperature else 1
-        sampled = dict(temperature=temperature, alpha=alpha, generator=generator)
-        return [generate(*parts, **sampled) for _ in range(count)]
-
-    def beam(k, alpha=1.0):
-        return generate_beam(*parts[:4], k, *parts[4:], alpha=alpha)[: options.n]
-
+    print(one_line(f"{path}: {model.cell}, start {options.start!r}, seed {options.seed}"))
+    chosen = options.greedy or options.sample or options.beam or options.exact
     try:
-        if options.beam:
-            nucleus = f" over the nucleus of {options.nucleus}" if options.nucleus else ""
-            show(f"beam of {options.beam}{nucleus}", options.start, beam(options.beam, options.nucleus or 1.0))
-        elif options.greedy:
-            show("greedy", options.start, sample(0.0))
-        elif options.sample or options.temperature is not None or options.nucleus:
-            temperature = 1.0 if options.temperature is None else options.temperature
-            alpha = options.nucleus or 1.0
-            title = f"sampled at temperature {temperature} from the nucleus of {alpha}"
-            show(title, options.start, sample(temperature, alpha))
-        else:
-            show("greedy", options.start, sample(0.0))
-            show("sampled", options.start, sample())
-            show("sampled at temperature 0.5", options.start, sample(0.5))
-            show("sampled from the nucleus of 0.9", options.start, sample(alpha=0.9))
-            show("beam of 5", options.start, beam(max(5, options.n)))
-            show("beam of 5 over the nucleus of 0.9", options.start, beam(max(5, options.n), 0.9))
+        options.start = read_start(options.start)
+        with torch.inference_mode():
+            for each in [options] if chosen else side_by_side(options):
+                show(each, (model.rnn, model.emb, model.decoder, EOS_IX), generator)
     except ValueError as error:
         raise LabError(error) from None
 

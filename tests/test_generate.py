@@ -163,7 +163,7 @@ def test_only_the_state_advances(cell, library):
     hook = rnn.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     found = generate_beam(rnn, emb, decoder, EOS_IX, 3, "abc", 10)
     hook.remove()
-    assert shapes == [(4, 1, 3)] + [(1, 3, 3)] * 10
+    assert shapes == [(3, 1, 3), (1, 1, 3)] + [(1, 3, 3)] * 10
     assert all(len(h.text) == 10 and not h.ended for h in found)
 
 
