@@ -148,21 +148,23 @@ class Reader:
         self.table = rnn.project(emb.weight) if hasattr(rnn, "one_step") else None  # (V, G·H)
         self.blank = torch.tensor([PAD_IX], device=self.device)
 
-    def log_probs(self, h):
-        """Hidden states (…, H) → log-probabilities (…, V) of the next symbol; BLANK's is −inf."""
-        return self.decoder(h).double().index_fill(-1, self.blank, NEVER).log_softmax(-1)
+    def logits(self, h):
+        """Hidden states (…, H) → logits (…, V) of the next symbol; BLANK's is −inf."""
+        return self.decoder(h).index_fill(-1, self.blank, NEVER)
 
-    def read(self, symbols, state):
-        """Read symbols (K,) after `state` (None: zeros). Returns the log-probabilities (K, V) of the next
-        symbol under the model and under what is searched or drawn from, and the state after."""
+    def advance(self, symbols, state):
+        """Read symbols (K,) after `state` (None: zeros): hidden states (K, H), the state after."""
         if self.table is None:
             output, state = self.rnn(self.emb(symbols)[None], state)
-            h = output[0]
-        else:
-            projected = self.table.index_select(0, symbols)
-            state = self.rnn.one_step(projected, self.rnn.zero_state(projected) if state is None else state)
-            h = state[0] if isinstance(state, tuple) else state
-        model = self.log_probs(h)
+            return output[0], state
+        projected = self.table.index_select(0, symbols)
+        state = self.rnn.one_step(projected, self.rnn.zero_state(projected) if state is None else state)
+        return (state[0] if isinstance(state, tuple) else state), state
+
+    def read(self, symbols, state):
+        """`advance`, then log-probabilities (K, V) of the next symbol: the model's, those to search or draw by."""
+        h, state = self.advance(symbols, state)
+        model = self.logits(h).double().log_softmax(-1)
         return model, model if self.reshape is None else self.reshape(model), state
 
     def prompt(self, eos: int, start: str):
@@ -370,11 +372,37 @@ def generate(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, temperature=0.0
     """
     check("temperature", temperature, 0)
     reader = Reader(rnn, emb, decoder, temperature=temperature or 1.0, **space)
-    beam = Beam(reader, eos, 1, start, maxlen, generator=(generator or fresh_generator()) if temperature else None)
+    if temperature == 0:
+        return greedy(reader, eos, start, maxlen, write)
+    beam = Beam(reader, eos, 1, start, maxlen, generator=generator or fresh_generator())
     while beam.step():
         if write is not None:
             write(code2string(beam.written[-1]))
     return beam.hypotheses()[0]
+
+
+def greedy(reader, eos, start, maxlen, write) -> Hypothesis:
+    """A beam of one, faster: each step only looks for the largest logit, all scores are worked out at the end."""
+    check("maxlen", maxlen, 1)
+    symbol, state = reader.prompt(eos, start)
+    logits, codes = [], []
+    while len(codes) <= maxlen and eos not in codes[-1:]:
+        h, state = reader.advance(symbol, state)
+        logits.append(reader.logits(h))
+        symbol = logits[-1].argmax(-1)
+        codes.append(symbol.item())
+        if write is not None and codes[-1] != eos and len(codes) <= maxlen:
+            write(code2string(codes[-1:]))
+    log_probs = torch.cat(logits).double().log_softmax(-1)  # (n, V)
+    chosen = torch.tensor(codes, device=reader.device)[:, None]
+    steps = log_probs.gather(1, chosen)[:, 0]
+    before = steps.cumsum(0) - steps
+    others = log_probs.scatter(1, chosen, NEVER)
+    if len(codes) > maxlen:  # at the last step only EOS would have made a sentence
+        others[-1, torch.arange(others.shape[1]) != eos] = NEVER
+    bound, ended = (before[:, None] + others).max().item(), codes[-1] == eos
+    score = (before[-1] + steps[-1] * ended).item()
+    return Hypothesis(code2string(codes[: len(codes) - 1]), score, ended, max(0.0, bound - score), score)
 
 
 # ------------------------------------------------------------------------------- stochastic beam
@@ -565,7 +593,8 @@ def predictions(rnn, emb, decoder, eos, text, start, ended):
     wanted = torch.tensor(written + [eos] * ended, dtype=torch.int64, device=emb.weight.device)
     output, _ = rnn(emb(torch.tensor(prompt + written, device=emb.weight.device))[:, None])  # (T, 1, H)
     first = len(prompt) - 1
-    return Reader(rnn, emb, decoder).log_probs(output[first : first + len(wanted), 0]), wanted
+    logits = Reader(rnn, emb, decoder).logits(output[first : first + len(wanted), 0])
+    return logits.double().log_softmax(-1), wanted
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from conftest import CELLS, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generate import generate, generate_beam, p_nucleus, score
+from generate import generate, generate_beam, generate_distinct, p_nucleus, score
 from textloader import EOS_IX, PAD_IX
 
 MAXLEN = 4
@@ -98,7 +98,9 @@ def test_greedy_is_a_beam_of_one(cell, library):
         expected = "".join(LETTERS[c - 2] for c in codes[1:] if c != EOS_IX)
         greedy = generate(*model, EOS_IX, maxlen=6)
         assert (greedy.text, greedy.ended) == (expected, ended)
-        assert greedy == generate_beam(*model, EOS_IX, 1, "", 6)[0]
+        [beam] = generate_beam(*model, EOS_IX, 1, "", 6)
+        assert (greedy.text, greedy.ended) == (beam.text, beam.ended)
+        assert (greedy.log_prob, greedy.gap) == (pytest.approx(beam.log_prob), pytest.approx(beam.gap, abs=1e-9))
 
 
 @every_cell
@@ -153,18 +155,48 @@ def test_cold_temperature_is_greedy_without_nan():
         assert cold.text == greedy.text and not math.isnan(cold.log_prob)
 
 
+def symbols_read(rnn, monkeypatch):
+    """A list that grows by (time steps, beams) with every call of the cell, however it is called."""
+    calls = []
+    if hasattr(rnn, "one_step"):
+        whole, step = rnn.unroll, rnn.one_step
+        monkeypatch.setattr(rnn, "one_step", lambda x, state: calls.append((1, len(x))) or step(x, state))
+        monkeypatch.setattr(rnn, "unroll", lambda x, state=None: whole(x, state))
+    else:
+        rnn.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape[:2])))
+    return calls
+
+
 @every_cell
-def test_only_the_state_advances(cell, library):
-    """The prompt is read once; every step is one call with one symbol per live beam."""
-    rnn, emb, decoder = toy(cell, library)
+@pytest.mark.parametrize("decode", ["beam", "greedy", "sampled", "distinct"])
+def test_only_the_state_advances(cell, library, decode, monkeypatch):
+    """The start text is read once, then one symbol per live beam and step: no prefix again, nothing after an end."""
+    rnn, emb, decoder = model = toy(cell, library)
     with torch.no_grad():
         decoder.bias[EOS_IX] = -1e9  # never ends
-    shapes = []
-    hook = rnn.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    found = generate_beam(rnn, emb, decoder, EOS_IX, 3, "abc", 10)
-    hook.remove()
-    assert shapes == [(3, 1, 3), (1, 1, 3)] + [(1, 3, 3)] * 10
+    calls = symbols_read(rnn, monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    found, beams = {
+        "beam": lambda: (generate_beam(*model, EOS_IX, 3, "abc", 10), 3),
+        "greedy": lambda: ([generate(*model, EOS_IX, "abc", 10)], 1),
+        "sampled": lambda: ([generate(*model, EOS_IX, "abc", 10, temperature=1, generator=generator)], 1),
+        "distinct": lambda: (generate_distinct(*model, EOS_IX, 3, "abc", 10, generator=generator), 3),
+    }[decode]()
+    assert sum(steps * width for steps, width in calls) == 3 + 1 + 10 * beams
+    assert len([width for steps, width in calls if steps == 1 and width == beams]) >= 10
     assert all(len(h.text) == 10 and not h.ended for h in found)
+
+
+def test_ended_sentences_are_not_extended():
+    """A beam that has ended costs no further reading, and the search stops with the sentences wanted."""
+    rnn, emb, decoder = model = toy("gru", "torch")
+    calls = []
+    rnn.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[1]))
+    whole = generate_beam(*model, EOS_IX, 40, "", 12)
+    reading, calls[:] = list(calls), []
+    best = generate_beam(*model, EOS_IX, 40, "", 12, n=1)
+    assert best == whole[:1]
+    assert len(calls) < len(reading) and max(reading) <= 40 and reading[-1] < 40
 
 
 def test_blank_and_eos_have_no_text():
