@@ -31,6 +31,7 @@ RUNS = HERE / "runs"
 MAXLEN = 200
 BUDGET = 500_000  # prefixes that exact search expands before it gives up
 FRONTIER_BYTES = 2**27  # of the prefixes that exact search holds
+BATCH, SEED_BEAM = 512, 100  # prefixes that it expands at once; the beam that it starts from
 BEAM, NUCLEUS = 5, 0.9  # where the command line names none
 WIDEST = 4096  # beam that is tried in search of an optimum
 NEVER = -math.inf  # log-probability
@@ -469,18 +470,16 @@ class Exact:
     """Best-first search over batches of prefixes, from what a beam has found.
 
     A prefix is worth expanding while its score is above the n-th best sentence known, the `floor`.
-    The frontier holds such prefixes, each with the state before its last symbol, and a beam of 100
-    gives the first floor. When half its memory is used, the longest prefixes go first: they end or
+    The frontier holds such prefixes, each with the state before its last symbol, and a beam of
+    SEED_BEAM gives the first floor. When half its memory is used, the longest prefixes go first: they end or
     fall below the floor soonest. Should it overflow all the same, the worst are let go, and `bound`
     remembers the best of those.
     """
 
-    BATCH = 512
-
     def __init__(self, reader, eos, start, maxlen, *, budget, n, min_length):
         check("budget", budget, 1)
         check("n", n, 1)
-        beam = Beam(reader, eos, max(100, n), start, maxlen, n=n, min_length=min_length)
+        beam = Beam(reader, eos, max(SEED_BEAM, n), start, maxlen, n=n, min_length=min_length)
         self.reader, self.eos, self.n, self.maxlen, self.min_length = reader, eos, n, maxlen, min_length
         self.budget, self.expanded, self.bound = budget, 0, NEVER
         self.symbols, self.state = reader.prompt(eos, start)
@@ -497,7 +496,7 @@ class Exact:
         while nodes is not None:
             children = self.expand(*nodes)
             self.bound = max(self.bound, frontier.push(children))
-            nodes = frontier.pop(min(self.BATCH, self.budget - self.expanded), self.floor())
+            nodes = frontier.pop(min(BATCH, self.budget - self.expanded), self.floor())
         self.bound = max(self.bound, frontier.best())
         ended = [
             Hypothesis(text, own, True, max(0.0, self.bound - score), score)

@@ -10,7 +10,19 @@ from conftest import CELLS, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generate import generate, generate_beam, generate_distinct, p_nucleus, score
+import generate as decoders
+from generate import (
+    generate,
+    generate_beam,
+    generate_distinct,
+    generate_exact,
+    narrowest_beam,
+    p_nucleus,
+    reshaped,
+    score,
+    search_error,
+    trace,
+)
 from textloader import EOS_IX, PAD_IX
 
 MAXLEN = 4
@@ -159,9 +171,8 @@ def symbols_read(rnn, monkeypatch):
     """A list that grows by (time steps, beams) with every call of the cell, however it is called."""
     calls = []
     if hasattr(rnn, "one_step"):
-        whole, step = rnn.unroll, rnn.one_step
+        step = rnn.one_step
         monkeypatch.setattr(rnn, "one_step", lambda x, state: calls.append((1, len(x))) or step(x, state))
-        monkeypatch.setattr(rnn, "unroll", lambda x, state=None: whole(x, state))
     else:
         rnn.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape[:2])))
     return calls
@@ -171,7 +182,7 @@ def symbols_read(rnn, monkeypatch):
 @pytest.mark.parametrize("decode", ["beam", "greedy", "sampled", "distinct"])
 def test_only_the_state_advances(cell, library, decode, monkeypatch):
     """The start text is read once, then one symbol per live beam and step: no prefix again, nothing after an end."""
-    rnn, emb, decoder = model = toy(cell, library)
+    rnn, _, decoder = model = toy(cell, library)
     with torch.no_grad():
         decoder.bias[EOS_IX] = -1e9  # never ends
     calls = symbols_read(rnn, monkeypatch)
@@ -182,14 +193,14 @@ def test_only_the_state_advances(cell, library, decode, monkeypatch):
         "sampled": lambda: ([generate(*model, EOS_IX, "abc", 10, temperature=1, generator=generator)], 1),
         "distinct": lambda: (generate_distinct(*model, EOS_IX, 3, "abc", 10, generator=generator), 3),
     }[decode]()
-    assert sum(steps * width for steps, width in calls) == 3 + 1 + 10 * beams
-    assert len([width for steps, width in calls if steps == 1 and width == beams]) >= 10
+    assert sum(steps * width for steps, width in calls) <= 3 + 1 + 10 * beams
+    assert calls[-10:] == [(1, beams)] * 10
     assert all(len(h.text) == 10 and not h.ended for h in found)
 
 
 def test_ended_sentences_are_not_extended():
     """A beam that has ended costs no further reading, and the search stops with the sentences wanted."""
-    rnn, emb, decoder = model = toy("gru", "torch")
+    rnn, _, _ = model = toy("gru", "torch")
     calls = []
     rnn.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape[1]))
     whole = generate_beam(*model, EOS_IX, 40, "", 12)
@@ -255,3 +266,272 @@ def test_options_out_of_range(options):
 def test_temperature_out_of_range(temperature):
     with pytest.raises(ValueError, match="temperature"):
         generate(*toy("rnn", "ours"), EOS_IX, temperature=temperature)
+
+
+# ----------------------------------------------------------------------------------- exact search
+
+
+@every_cell
+@pytest.mark.parametrize("alpha", [1.0, 0.8])
+@pytest.mark.parametrize("min_length", [0, 2])
+def test_exact_search_finds_the_enumerated_order(cell, library, alpha, min_length):
+    for seed in range(3):
+        model = toy(cell, library, seed=seed)
+        truth = [(p, text) for p, text in enumerated(model, "b", alpha) if len(text) >= min_length and p > -math.inf]
+        found = generate_exact(*model, EOS_IX, "b", MAXLEN, n=4, min_length=min_length, alpha=alpha)
+        assert [h.text for h in found if h.ended] == [text for _, text in truth[:4]]
+        for h, (log_prob, _) in zip(found, truth, strict=False):
+            assert (h.search_log_prob, h.gap) == (pytest.approx(log_prob), 0)
+            assert h.log_prob == pytest.approx(score(*model, EOS_IX, h.text, "b"))
+
+
+@pytest.mark.parametrize(
+    ("budget", "memory"), [(1, 2**20), (7, 2**20), (40, 2**20), (10**6, 2000), (10**6, 400), (30, 1)]
+)
+def test_exact_search_cut_short_tells_how_far_it_may_be(budget, memory, monkeypatch):
+    """Without a seeding beam, and with a frontier of a few prefixes: never a wrong proof nor a violated bound."""
+    monkeypatch.setattr(decoders, "FRONTIER_BYTES", memory)
+    monkeypatch.setattr(decoders, "SEED_BEAM", 1)
+    monkeypatch.setattr(decoders, "BATCH", 3)
+    proofs = 0
+    for seed, cell in itertools.product(range(6), CELLS):
+        model = toy(cell, "ours", seed=seed)
+        truth = enumerated(model)
+        [h] = generate_exact(*model, EOS_IX, "", MAXLEN, budget=budget)
+        assert truth[0][0] <= h.search_log_prob + h.gap + 1e-9
+        if h.ended and h.gap == 0:
+            proofs += 1
+            assert h.text == truth[0][1]
+        elif h.ended:
+            assert h.search_log_prob <= truth[0][0] + 1e-9
+    assert proofs > (0 if budget > 1 else -1)
+
+
+# ------------------------------------------------------------------------------- a table by hand
+
+
+class LastSymbol(torch.nn.Module):
+    """A cell without memory, called like `torch.nn`'s: the next symbol depends on the last one only."""
+
+    def forward(self, x, state=None):
+        return x, x[-1:]
+
+
+def table_model():
+    """P(next | last) by hand, over BLANK, EOS, a, b."""
+    table = torch.tensor([[0, 0, 0, 0], [0.0, 0.0, 0.6, 0.4], [0.0, 0.2, 0.5, 0.3], [0.0, 0.9, 0.05, 0.05]])
+    emb, decoder = torch.nn.Embedding(4, 4), torch.nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        emb.weight.copy_(torch.eye(4))
+        decoder.weight.copy_(table.T.clamp_min(1e-30).log())
+    return LastSymbol(), emb, decoder
+
+
+def test_table_by_hand():
+    """Greedy writes aa… (0.6, 0.5, 0.5); the optimum is b (0.4 · 0.9); a beam of one loses it at once, as second."""
+    model = table_model()
+    greedy = generate(*model, EOS_IX, "", 2)
+    assert (greedy.text, greedy.ended) == ("aa", False)
+    assert greedy.log_prob == pytest.approx(math.log(0.6 * 0.5))
+    assert greedy.gap == pytest.approx(math.log(0.4 / (0.6 * 0.5)))
+    [best] = generate_exact(*model, EOS_IX, "", 2)
+    assert (best.text, best.gap) == ("b", 0) and best.log_prob == pytest.approx(math.log(0.36))
+    assert search_error(*model, EOS_IX, 1, "b", "", 2) == (1, 2)
+    # with two beams: a 0.6, b 0.4; then b. 0.36, aa 0.3, ab 0.18, a. 0.12; then aa dies at maxlen
+    assert search_error(*model, EOS_IX, 2, "b", "", 2) is None
+    assert search_error(*model, EOS_IX, 2, "a", "", 2) == (2, 4)
+    assert search_error(*model, EOS_IX, 2, "ab", "", 2) == (2, 3)
+    assert narrowest_beam(*model, EOS_IX, "b", "", 2) == 2
+    assert narrowest_beam(*model, EOS_IX, "a", "", 2) is None
+    found = generate_beam(*model, EOS_IX, 2, "", 2)
+    assert [(h.text, h.ended) for h in found] == [("b", True), ("aa", False)]
+    assert found[0].gap == 0
+    rows = trace(*model, EOS_IX, "ab", "", alpha=0.7)
+    assert [(r.symbol, r.rank, r.in_nucleus, r.nucleus_size) for r in rows] == [
+        ("a", 1, True, 2), ("b", 2, True, 2), ("", 1, True, 1)
+    ]  # fmt: skip
+    assert [r.prob for r in rows] == pytest.approx([0.6, 0.3, 0.9])
+    assert [r.end_prob for r in rows] == pytest.approx([0, 0.2, 0.9], abs=1e-6)
+
+
+def test_search_error_agrees_with_the_search():
+    for seed, k in itertools.product(range(8), (1, 2, 3, 6)):
+        model = toy("gru", "ours", seed=seed)
+        found = {h.text for h in generate_beam(*model, EOS_IX, k, "", MAXLEN) if h.ended}
+        for _, text in enumerated(model)[:5]:
+            lost = search_error(*model, EOS_IX, k, text, "", MAXLEN)
+            assert (lost is None) == (text in found)
+            assert lost is None or (1 <= lost[0] <= MAXLEN + 1 and lost[1] > k)
+
+
+# ----------------------------------------------------------------------------------- distributions
+
+
+def test_temperature_then_top_k_then_nucleus():
+    """At temperature 0.5 probabilities are squared: 16 : 9 : 4 : 1. Of the best three, 16 + 9 are 86 %."""
+    log_probs = torch.tensor([0.2, 0.4, 0.1, 0.3], dtype=torch.float64).log()
+    before = log_probs.clone()
+    expected = {
+        (0.5, None, 1.0): [4, 16, 1, 9],
+        (0.5, 3, 1.0): [4, 16, 0, 9],
+        (0.5, 3, 0.8): [0, 16, 0, 9],
+        (1.0, None, 0.8): [2, 4, 0, 3],
+        (1.0, 1, 1.0): [0, 1, 0, 0],
+        (1.0, 9, 1.0): [2, 4, 1, 3],
+    }
+    for options, weights in expected.items():
+        probs = reshaped(*options)(log_probs[None]).exp()[0]
+        torch.testing.assert_close(probs, torch.tensor(weights, dtype=torch.float64) / sum(weights))
+    assert torch.equal(log_probs, before)
+    assert reshaped() is None
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.lists(st.floats(-9, 9), min_size=4, max_size=4), min_size=1, max_size=5),
+    st.floats(1e-3, 9), st.integers(1, 5), st.floats(0.01, 0.99),
+)  # fmt: skip
+def test_a_batch_is_reshaped_row_by_row(logits, temperature, top_k, alpha):
+    log_probs = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)
+    reshape = reshaped(temperature, top_k, alpha)
+    batch = reshape(log_probs)
+    assert not batch.isnan().any()
+    torch.testing.assert_close(batch, torch.cat([reshape(row[None]) for row in log_probs]))
+    torch.testing.assert_close(batch.exp().sum(-1), torch.ones(len(logits), dtype=torch.float64))
+
+
+def test_the_ends_of_the_options():
+    model = toy("lstm", "ours", seed=3)
+
+    def drawn(**options):
+        return generate(*model, EOS_IX, "", 9, temperature=1, generator=torch.Generator().manual_seed(5), **options)
+
+    greedy = generate(*model, EOS_IX, "", 9)
+    assert drawn(alpha=1e-9).text == drawn(top_k=1).text == greedy.text
+    assert drawn(alpha=1.0) == drawn() == drawn(top_k=99)
+    assert drawn(alpha=1e-9).search_log_prob == pytest.approx(0)
+
+
+# -------------------------------------------------------------------------------- stochastic beam
+
+
+def leaves(model, maxlen):
+    """Probability of all that can be drawn: (text, ended), a cut one counted with all that goes on from it."""
+    found = {}
+    for length in range(maxlen + 1):
+        for letters in itertools.product(LETTERS, repeat=length):
+            text = "".join(letters)
+            found[text, True] = math.exp(score(*model, EOS_IX, text))
+            if length == maxlen:
+                found[text, False] = math.exp(score(*model, EOS_IX, text, ended=False)) - found[text, True]
+    assert sum(found.values()) == pytest.approx(1)
+    return found
+
+
+def test_distinct_sentences_are_drawn_without_replacement():
+    """Pearson's chi-square over ordered pairs of draws; a fair drawing fails one seed in a thousand."""
+    model = toy("gru", "ours", seed=2)
+    probs = leaves(model, 2)
+    generator, draws = torch.Generator().manual_seed(0), 2000
+    drawn = Counter()
+    for _ in range(draws):
+        pair = [(h.text, h.ended) for h in generate_distinct(*model, EOS_IX, 2, "", 2, generator=generator)]
+        assert len(set(pair)) == 2
+        drawn[tuple(pair)] += 1
+    expected = {
+        (one, two): draws * probs[one] * probs[two] / (1 - probs[one]) for one, two in itertools.permutations(probs, 2)
+    }
+    common = [pair for pair, count in expected.items() if count >= 5]
+    observed = [drawn[pair] for pair in common]
+    expected = [expected[pair] for pair in common]
+    expected.append(draws - sum(expected))
+    observed.append(draws - sum(observed))
+    freedom = len(common)
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * math.sqrt(2 / (9 * freedom))) ** 3  # Wilson & Hilferty
+    assert freedom > 20
+    assert sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True)) < limit
+
+
+@every_cell
+def test_enough_beams_draw_everything(cell, library):
+    model = toy(cell, library)
+    probs = leaves(model, 2)
+    found = generate_distinct(*model, EOS_IX, 99, "", 2, generator=torch.Generator().manual_seed(1))
+    assert {(h.text, h.ended) for h in found} == set(probs) and len(found) == len(probs)
+    assert all(h.gap is None for h in found)
+    for h in found:
+        assert h.log_prob == pytest.approx(score(*model, EOS_IX, h.text, ended=h.ended))
+
+
+def test_distinct_sentences_stay_in_the_nucleus():
+    model = toy("rnn", "torch", seed=4)
+    possible = {text for p, text in enumerated(model, alpha=0.7) if p > -math.inf}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        found = generate_distinct(*model, EOS_IX, 5, "", MAXLEN, alpha=0.7, generator=generator)
+        assert {h.text for h in found if h.ended} <= possible
+        assert not any(math.isnan(x) or math.isinf(x) for h in found for x in (h.log_prob, h.search_log_prob))
+
+
+def test_noise_of_extreme_scores():
+    """Each parent's largest child takes the parent's value; impossible children stay so; nothing is NaN."""
+    scores = torch.tensor([[0.0, -1e-12, -800.0, -math.inf], [-1e5, -1e5, -math.inf, -1e5 - 1e-9]], dtype=torch.float64)
+    maxima = torch.tensor([3.0, -2e5], dtype=torch.float64)
+    for seed in range(200):
+        noisy = decoders.perturbed(scores, maxima, torch.Generator().manual_seed(seed))
+        assert not noisy.isnan().any()
+        assert torch.equal(noisy.amax(-1), maxima)
+        assert torch.equal(noisy == -math.inf, scores == -math.inf)
+
+
+# ---------------------------------------------------------------------------------- looking closer
+
+
+def test_trace_is_the_model_step_by_step():
+    model = toy("lstm", "torch", seed=6)
+    rows = trace(*model, EOS_IX, "acb", "b")
+    for i, row in enumerate(rows):
+        so_far = score(*model, EOS_IX, "acb"[:i], "b", ended=False)
+        ends = {True: score(*model, EOS_IX, "acb"[:i], "b")}
+        ends |= {c: score(*model, EOS_IX, "acb"[:i] + c, "b", ended=False) for c in LETTERS}
+        chosen = ends["acb"[i] if i < 3 else True]
+        assert row.prob == pytest.approx(math.exp(chosen - so_far))
+        assert row.rank == 1 + sum(other > chosen + 1e-12 for other in ends.values())
+        assert row.end_prob == pytest.approx(math.exp(ends[True] - so_far))
+    assert "".join(row.symbol for row in rows) == "acb" and len(rows) == 4
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_sentence_is_written_as_it_grows(temperature):
+    model, written = toy("rnn", "ours", seed=1), []
+    options = dict(temperature=temperature, generator=torch.Generator().manual_seed(2))
+    hypothesis = generate(*model, EOS_IX, "a", 7, write=written.append, **options)
+    assert "".join(written) == hypothesis.text and all(len(c) == 1 for c in written)
+
+
+def test_minimal_length():
+    model = toy("gru", "ours", seed=5)
+    found = generate_beam(*model, EOS_IX, 400, "", MAXLEN, min_length=3)
+    truth = [text for _, text in enumerated(model) if len(text) >= 3]
+    assert [h.text for h in found if h.ended] == truth
+
+
+@pytest.mark.parametrize(
+    ("decode", "options", "word"),
+    [
+        (generate_beam, dict(k=2, n=3), "n is 3"),
+        (generate_beam, dict(k=2, top_k=0), "top_k"),
+        (generate_beam, dict(k=2, maxlen=3, min_length=4), "min_length"),
+        (generate_distinct, dict(k=0), "k is 0"),
+        (generate_distinct, dict(k=2, temperature=0), "temperature"),
+        (generate_exact, dict(budget=0), "budget"),
+        (generate_exact, dict(n=0), "n is 0"),
+        (generate, dict(top_k=-1), "top_k"),
+        (generate, dict(maxlen=0), "maxlen"),
+        (trace, dict(text="abc", alpha=2), "alpha"),
+        (score, dict(text="é"), "alphabet: é"),
+    ],
+)  # fmt: skip
+def test_more_options_out_of_range(decode, options, word):
+    with pytest.raises(ValueError, match=word):
+        decode(*toy("rnn", "ours"), EOS_IX, **options)
