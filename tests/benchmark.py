@@ -12,8 +12,11 @@ import itertools
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +25,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from generate import generate, generate_beam, generate_exact  # noqa: E402
 from textloader import BATCH_SIZE, EOS_IX, PAD_IX, SYMBOLS  # noqa: E402
-from tp5 import HIDDEN, CharModel, keep_freed_memory, maskedCrossEntropy  # noqa: E402
+from tp5 import HIDDEN, CharModel, keep_freed_memory, load_model, maskedCrossEntropy  # noqa: E402
 
 
 def alternate(calls: dict, rounds: int = 15) -> dict[str, float]:
@@ -120,7 +124,64 @@ def bf16() -> None:
     table(f"Training step, T {T}, E {E}: ours in bfloat16 against torch.nn in float32", rows, "ms")
 
 
-POINTS = {"step": step, "bf16": bf16}
+# ----------------------------------------------------------------------------------------- decode
+
+
+def never_ending(cell: str, library: str):
+    """`(rnn, emb, decoder, eos)` of an untrained model at default sizes that never ends a sentence."""
+    model = CharModel(cell, E, HIDDEN).eval()
+    if library == "torch":
+        model.rnn = TORCH_CELLS[cell](E, HIDDEN)
+    with torch.no_grad():
+        model.decoder.bias[EOS_IX] = -1e9
+    return model.rnn, model.emb, model.decoder, EOS_IX
+
+
+def with_a_trained_model(folder: Path) -> list[tuple]:
+    """Exact search's rate, and the wall time of `generate.py --beam 5` against that of importing torch."""
+    options = ["--run", folder / "run", "--maxsent", 3000, "--epochs", 1]
+    subprocess.run([sys.executable, ROOT / "tp5.py", *map(str, options)], check=True, capture_output=True)
+    checkpoint = folder / "run" / "best.pt"
+    model, budget = load_model(checkpoint), 50_000
+    start = time.perf_counter()
+    generate_exact(model.rnn, model.emb, model.decoder, EOS_IX, budget=budget, min_length=30)
+    rate = budget / (time.perf_counter() - start)
+    beam = [sys.executable, ROOT / "generate.py", "--beam", "5", "--checkpoint", checkpoint]
+    commands = {"ours": beam, "torch": [sys.executable, "-c", "import torch"]}
+    seconds = alternate(
+        {n: partial(subprocess.run, c, check=True, capture_output=True) for n, c in commands.items()}, 5
+    )
+    ours, torch_alone = seconds["ours"], seconds["torch"]
+    what = "generate.py --beam 5, import torch (s); ratio without 1 s"
+    return [
+        row("exact search, its prototype (prefixes a second)", rate, 2500, rate / 2500, at_least=10),
+        row(what, ours, torch_alone, (ours - 1) / torch_alone, at_most=1.3),
+    ]
+
+
+def decode() -> None:
+    """Greedy, beam and exact search, and the command's start."""
+    characters, rows = 100, []
+    for cell in TORCH_CELLS:
+        ours, theirs = never_ending(cell, "ours"), never_ending(cell, "torch")
+        calls = {
+            "ours": partial(generate, *ours, maxlen=characters),
+            "theirs": partial(generate, *theirs, maxlen=characters),
+            "one": partial(generate_beam, *ours, 1, maxlen=characters),
+            "fifty": partial(generate_beam, *ours, 50, maxlen=characters, n=1),
+        }
+        us = {name: seconds / (characters + 1) * 1e6 for name, seconds in alternate(calls).items()}
+        speed, target = us["theirs"] / us["ours"], 3 if cell == "lstm" else None
+        rows += [
+            row(f"greedy {cell}, torch.nn's (µs a character); speed", us["ours"], us["theirs"], speed, at_least=target),
+            row(f"beam of 50 {cell}, of 1 (µs a step)", us["fifty"], us["one"], us["fifty"] / us["one"], at_most=3),
+        ]
+    with tempfile.TemporaryDirectory() as folder:
+        rows += with_a_trained_model(Path(folder))
+    table(f"Decoding, E {E}, H {HIDDEN}", rows, "as named")
+
+
+POINTS = {"step": step, "bf16": bf16, "decode": decode}
 
 
 def main() -> None:

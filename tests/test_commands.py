@@ -12,7 +12,7 @@ import torch
 from conftest import CELLS, ROOT, SMALL, command, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from textloader import EOS_IX, PAD_IX, TextDataset, pad_collate_fn, read_text
+from textloader import PAD_IX, TextDataset, pad_collate_fn, read_text
 from tp5 import load_checkpoint, load_model
 
 GATES = {"rnn": ["h"], "gru": ["z", "r", "candidate", "h"], "lstm": ["f", "i", "candidate", "o", "C", "h"]}
@@ -126,49 +126,6 @@ def test_interrupted_and_resumed_is_the_same_run(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        [],
-        ["--greedy"],
-        ["--sample", "-n", "2"],
-        ["--temperature", "0"],
-        ["--nucleus", "0.9"],
-        ["--beam", "5"],
-        ["--beam", "120", "-n", "3", "--maxlen", "8"],
-        ["--beam", "5", "--nucleus", "0.9", "--start", "Our "],
-    ],
-    ids=" ".join,
-)
-@pytest.mark.parametrize("model", CELLS)
-def test_generate_prints_scored_sentences(runs, model, options, tmp_path):
-    checkpoint = runs / model / "best.pt"
-    result = command("generate.py", "--checkpoint", checkpoint, *options, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"{checkpoint}: {model}")
-    count = {"--greedy": 1, "--sample": 2, "--temperature": 1, "--nucleus": 1}.get((options or [None])[0])
-    lines = re.findall(r"^    (-[\d.]+) nats,.* bits per character, (?:ended|cut)", result.stdout, re.M)
-    assert len(lines) == (count or (3 if "-n" in options else 6 if not options else 1))
-    assert "<EOS>" not in result.stdout and "<PAD>" not in result.stdout
-
-
-def test_generate_is_reproducible(runs):
-    first, again, other = (
-        command("generate.py", "--checkpoint", runs / "lstm" / "best.pt", "--sample", "--seed", seed).stdout
-        for seed in (3, 3, 4)
-    )
-    assert first == again != other
-
-
-def test_generate_rescored(runs):
-    from generate import generate_beam, score
-
-    model = load_model(runs / "lstm" / "best.pt")
-    parts = (model.rnn, model.emb, model.decoder, EOS_IX)
-    for h in generate_beam(*parts, 10, "Our ", 40):
-        assert h.log_prob == pytest.approx(score(*parts, h.text, "Our ", ended=h.ended), rel=1e-5)
-
-
-@pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [
         ("tp5.py", ["--epochs", "0"], ["--epochs", "at least 1"]),
@@ -179,14 +136,6 @@ def test_generate_rescored(runs):
         ("tp5.py", ["--data", "missing.txt"], ["cannot read"]),
         ("tp5.py", ["--data", "."], ["cannot read"]),
         ("tp5.py", ["--resume", "nowhere"], ["cannot read"]),
-        ("generate.py", ["--beam", "0"], ["--beam", "at least 1"]),
-        ("generate.py", ["--nucleus", "1.1"], ["--nucleus", "at most 1"]),
-        ("generate.py", ["--nucleus", "0"], ["--nucleus", "above 0"]),
-        ("generate.py", ["--temperature", "-1"], ["--temperature", "at least 0"]),
-        ("generate.py", ["--maxlen", "0"], ["--maxlen"]),
-        ("generate.py", ["--beam", "2", "-n", "3"], ["--beam 3"]),
-        ("generate.py", ["--greedy", "--sample"], ["--greedy"]),
-        ("generate.py", ["--checkpoint", "missing.pt"], ["cannot read"]),
     ],
 )
 def test_bad_options(tmp_path, script, arguments, words):
@@ -212,10 +161,6 @@ def test_smallest_corpus_trains(tmp_path):
     sizes = ("--hidden", 1, "--embedding", 1, "--batch-size", 1, "--epochs", 1, "--clip", 0)
     result = command("tp5.py", "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *sizes)
     assert result.returncode == 0, result.stderr
-
-
-def test_start_outside_the_alphabet(runs):
-    refused(command("generate.py", "--checkpoint", runs / "rnn" / "best.pt", "--start", "中\x1b"), "alphabet", "中")
 
 
 def test_run_folder_is_not_overwritten(runs):
