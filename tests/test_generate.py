@@ -34,30 +34,28 @@ every_cell = pytest.mark.parametrize(("cell", "library"), EVERY_CELL)
 def enumerated(model, start="", alpha=1.0):
     """(log-probability, text) of every sentence that ends after at most MAXLEN letters, best first.
 
-    One symbol at a time by the chain rule, with a full forward pass for each prefix.
+    By the chain rule, symbol by symbol, from full forward passes over all sentences of a length.
     """
     rnn, emb, decoder = model
-    found = []
+    prompt, found = [EOS_IX, *(LETTERS.index(c) + 2 for c in start)], []
     for length in range(MAXLEN + 1):
-        for letters in itertools.product(LETTERS, repeat=length):
-            codes = [LETTERS.index(c) + 2 for c in letters]
-            prompt = [EOS_IX, *(LETTERS.index(c) + 2 for c in start)]
-            output, _ = rnn(emb(torch.tensor(prompt + codes))[:, None])
-            logits = decoder(output[:, 0])[:, 1:]  # BLANK is never predicted
-            probs = logits.softmax(-1).detach()
+        texts = ["".join(letters) for letters in itertools.product(LETTERS, repeat=length)]
+        codes = [[LETTERS.index(c) + 2 for c in text] for text in texts]
+        output, _ = rnn(emb(torch.tensor([prompt + each for each in codes]).T))
+        probs = decoder(output[len(prompt) - 1 :])[..., 1:].softmax(-1).tolist()  # BLANK is never predicted
+        for column, (text, each) in enumerate(zip(texts, codes, strict=True)):
             log_prob = 0.0
-            for step, code in enumerate([*codes, EOS_IX]):
-                p = probs[len(prompt) - 1 + step].tolist()
+            for step, code in enumerate([*each, EOS_IX]):
+                p = probs[step][column]
                 if alpha < 1:
-                    ranked = sorted(range(len(p)), key=lambda s: -p[s])
                     mass, kept = 0.0, []
-                    for symbol in ranked:
+                    for symbol in sorted(range(len(p)), key=lambda s: -p[s]):
                         if mass < alpha:
                             kept.append(symbol)
                             mass += p[symbol]
                     p = [x / mass if symbol in kept else 0.0 for symbol, x in enumerate(p)]
                 log_prob += math.log(p[code - 1]) if p[code - 1] else -math.inf
-            found.append((log_prob, "".join(letters)))
+            found.append((log_prob, text))
     return sorted(found, reverse=True)
 
 
