@@ -7,6 +7,7 @@ Shapes: T length, B batch, E embedding, H hidden, V symbols (97), G gates. Time 
 Losses and log-probabilities are in nats.
 """
 
+import argparse
 import hashlib
 import math
 import os
@@ -20,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, random_split
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from generate import RUNS, generate, generate_beam
@@ -250,21 +250,22 @@ def evaluate(model, loader, device) -> float:
 # ------------------------------------------------------------------------------------- monitoring
 
 
+INTERVAL = dict(steps=0, symbols=0, clipped=0, nats=0.0, seconds=0.0)  # sums since scalars were last written
+
+
 class Monitor:
     """Question 5: what TensorBoard shows of a run.
 
-    `scalars_every` and `histograms_every` count training steps; 0 turns either off.
+    `scalars_every` and `histograms_every` count training steps; 0 turns either off. What an
+    interrupted run wrote at `step` or later is struck out; `interval` is its interval under way.
     """
 
-    def __init__(self, folder, options, step: int):
+    def __init__(self, folder, options, step: int, interval: dict | None = None):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
+
         self.writer = SummaryWriter(folder, purge_step=step)
         self.scalars_every, self.histograms_every = options.scalars_every, options.histograms_every
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new interval of running means."""
-        self.steps = self.symbols = self.clipped = 0
-        self.nats, self.since = 0.0, time.perf_counter()
+        self.interval = dict(interval or INTERVAL)
 
     def wants_histograms(self, step: int) -> bool:
         """Whether gates and gradients of this step are recorded."""
@@ -279,22 +280,16 @@ class Monitor:
             values = torch.stack(values)[real].cpu()  # (real symbols, H)
             self.writer.add_histogram(f"gates/{model.cell}/{name}", values, step, bins=64)
 
-    def step(self, step: int, nats: float, symbols: int, norm: float, clipped: bool, rate: float) -> None:
+    def step(self, step: int, rate: float, norm: float, **sums) -> None:
         """Account for one training step; every `scalars_every` steps, write the interval's means."""
-        self.steps, self.symbols, self.clipped = (
-            self.steps + 1,
-            self.symbols + symbols,
-            self.clipped + clipped,
-        )
-        self.nats += nats * symbols
+        total = self.interval = {name: self.interval[name] + sums[name] for name in self.interval}
         if self.scalars_every and step % self.scalars_every == 0:
-            self.writer.add_scalar("loss/train", self.nats / self.symbols, step)
+            self.writer.add_scalar("loss/train", total["nats"] / total["symbols"], step)
             self.writer.add_scalar("gradient/norm_before_clipping", norm, step)
-            self.writer.add_scalar("gradient/clipped_share", self.clipped / self.steps, step)
+            self.writer.add_scalar("gradient/clipped_share", total["clipped"] / total["steps"], step)
             self.writer.add_scalar("training/learning_rate", rate, step)
-            seconds = time.perf_counter() - self.since
-            self.writer.add_scalar("training/characters_per_second", self.symbols / seconds, step)
-            self.restart()
+            self.writer.add_scalar("training/characters_per_second", total["symbols"] / total["seconds"], step)
+            self.interval = dict(INTERVAL)
 
     def epoch(self, step: int, valid: float, samples: dict[str, str]) -> None:
         """The validation loss and the sentences of an epoch."""
@@ -302,8 +297,6 @@ class Monitor:
         self.writer.add_scalar("loss/validation_bits_per_character", valid / math.log(2), step)
         for decoder, text in samples.items():
             self.writer.add_text(f"samples/{decoder}", text.replace("<", "&lt;"), step)
-        self.writer.flush()
-        self.restart()  # evaluation is not training time
 
 
 def samples(model, seed: int) -> dict[str, str]:
@@ -320,7 +313,7 @@ def samples(model, seed: int) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------ checkpoints
 
-FORMAT = 1
+FORMAT = 2
 FIELDS = {
     "format": int,
     "alphabet": str,
@@ -329,9 +322,9 @@ FIELDS = {
     "corpus": dict,
     "options": dict,
     "optimizer": dict,
-    "scheduler": dict,
-    "random": torch.Tensor,
+    "random": dict,
     "progress": dict,
+    "interval": dict,
 }
 
 
@@ -367,6 +360,11 @@ def load_checkpoint(path) -> dict:
     if checkpoint["alphabet"] != LETTRES:
         raise LabError(f"{path} was trained on another alphabet: its symbols would not be ours")
     return checkpoint
+
+
+def configuration(options) -> dict:
+    """The model that a command line asks for, as CharModel's arguments."""
+    return dict(cell=options.model, embedding_size=options.embedding, hidden_size=options.hidden)
 
 
 def restore_model(checkpoint: dict, path) -> CharModel:
@@ -428,34 +426,38 @@ def cosine(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
+# `batch` of `epoch` comes next; nats, symbols and seconds are the epoch's sums so far.
+START = dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, seconds=0.0, best=math.inf)
+
+
 class Training:
     """A run: model, optimiser, schedule and progress; all that a checkpoint holds."""
 
     def __init__(self, options, folder: Path, train, valid, corpus: dict):
         self.options, self.folder, self.corpus = options, folder, corpus
         torch.manual_seed(options.seed)
-        self.model = CharModel(options.model, options.embedding, options.hidden).to(options.device)
+        self.model = CharModel(**configuration(options)).to(options.device)
         self.train, self.valid = batches(train, options, True), batches(valid, options, False)
         self.steps = options.epochs * len(self.train)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: cosine(step, self.steps))
-        # `batch` of `epoch` comes next; nats and symbols are the epoch's sums so far.
-        self.progress = dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, best=math.inf, seconds=0.0)
+        self.progress, self.interval = dict(START), None
 
     def checkpoint(self) -> dict:
-        """Everything needed to go on, as tensors and plain values."""
-        options = self.options
+        """Everything needed to go on to the bit, as tensors and plain values."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.options.device == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
         return {
             "format": FORMAT,
             "alphabet": LETTRES,
-            "model": dict(cell=options.model, embedding_size=options.embedding, hidden_size=options.hidden),
-            "weights": self.model.state_dict(),
+            "model": configuration(self.options),
+            "weights": dict(self.model.state_dict()),
             "corpus": self.corpus,
-            "options": {name: value for name, value in vars(options).items() if name not in NOT_SAVED},
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "random": torch.get_rng_state(),
+            "options": {name: value for name, value in vars(self.options).items() if name not in NOT_SAVED},
+            "optimizer": self.optimizer.state_dict()["state"],
+            "random": random,
             "progress": dict(self.progress),
+            "interval": dict(self.monitor.interval),
         }
 
     def restore(self, checkpoint: dict, path) -> None:
@@ -465,103 +467,116 @@ class Training:
         restore_model(checkpoint, path)  # says what is wrong before anything is changed
         try:
             self.model.load_state_dict(checkpoint["weights"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-            torch.set_rng_state(checkpoint["random"])
-            self.progress = {name: checkpoint["progress"][name] for name in self.progress}
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint["optimizer"]})
+            self.progress, self.interval = dict(checkpoint["progress"]), checkpoint["interval"]
+            torch.set_rng_state(checkpoint["random"]["cpu"])
+            if self.options.device == "cuda" and "cuda" in checkpoint["random"]:
+                torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
         except (KeyError, ValueError, TypeError, RuntimeError):
             raise LabError(f"{path} is damaged: its training state does not fit its model") from None
 
-    def train_step(self, batch, monitor: Monitor) -> float:
+    def train_step(self, batch) -> float:
         """One batch (T, B): forward, backward, clip, step. Returns its loss in nats per symbol."""
-        step, symbols = self.progress["step"], int((batch != PAD_IX).sum())
+        done, step, count = self.progress, self.progress["step"], int((batch != PAD_IX).sum())
         batch = batch.to(self.options.device)
-        record = monitor.wants_histograms(step)
+        record = self.monitor.wants_histograms(step)
         self.optimizer.zero_grad()
         with watch(self.model.rnn) if record else nullcontext() as states:
             loss = maskedCrossEntropy(self.model(batch), batch, PAD_IX)
         loss.backward()
         if record:
-            monitor.histograms(self.model, states, batch != PAD_IX, step)
+            self.monitor.histograms(self.model, states, batch != PAD_IX, step)
         limit = self.options.clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        nats = loss.item()
-        if not math.isfinite(nats) or not math.isfinite(norm):
+        if not math.isfinite(loss.item()) or not math.isfinite(norm):
             raise LabError(
                 f"the loss or its gradient is not finite at step {step}: try a smaller --lr or --clip; "
                 f"the last good checkpoint in {self.folder} is kept"
             )
+        rate = self.options.lr * cosine(step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.step()
-        rate = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
-        monitor.step(step, nats, symbols, norm, norm > limit, rate)
-        done = self.progress
-        done["step"], done["batch"] = step + 1, done["batch"] + 1
-        done["nats"], done["symbols"] = done["nats"] + nats * symbols, done["symbols"] + symbols
-        return nats
+        self.clock, before = time.perf_counter(), self.clock
+        sums = dict(nats=loss.item() * count, symbols=count, seconds=self.clock - before)
+        self.monitor.step(step, rate, norm, steps=1, clipped=norm > limit, **sums)
+        done.update({name: done[name] + more for name, more in sums.items()})
+        done.update(step=step + 1, batch=done["batch"] + 1)
+        return loss.item()
 
-    def train_epoch(self, monitor: Monitor, stop: threading.Event) -> bool:
+    def train_epoch(self) -> bool:
         """Train on the epoch's batches that are left; False if it was stopped before the last."""
+        done, batches = self.progress, len(self.train)
         self.model.train()
-        self.train.batch_sampler.set_epoch(self.progress["epoch"])
-        done, start = self.progress["batch"], time.perf_counter()
-        symbols_before = self.progress["symbols"]
-        with tqdm(total=len(self.train), initial=done, unit="batch", leave=False, disable=None) as bar:
-            for batch in self.remaining(done):
-                nats = self.train_step(batch, monitor)
-                speed = (self.progress["symbols"] - symbols_before) / (time.perf_counter() - start)
+        self.train.batch_sampler.set_epoch(done["epoch"])
+        self.clock = saved = time.perf_counter()
+        with tqdm(total=batches, initial=done["batch"], unit="batch", leave=False, disable=None) as bar:
+            for batch in self.remaining():
+                nats = self.train_step(batch)
+                speed = done["symbols"] / done["seconds"]
                 bar.set_postfix_str(f"{nats:.3f} nats, {speed:,.0f} characters/s", refresh=False)
                 bar.update()
-                if stop.is_set():
-                    break
-        self.progress["seconds"] += time.perf_counter() - start
-        return self.progress["batch"] == len(self.train)
+                due = self.options.save_every and self.clock - saved >= self.options.save_every
+                if done["batch"] < batches and (due or self.stop.is_set()):  # end_epoch saves after the last one
+                    self.save("last.pt")
+                    saved = self.clock
+                    if self.stop.is_set():
+                        break
+        return done["batch"] == batches
 
-    def remaining(self, done: int):
-        """The epoch's batches from number `done` on; those before are not even loaded."""
-        indices = list(self.train.batch_sampler)[done:]
-        return DataLoader(self.train.dataset, batch_sampler=indices, collate_fn=pad_collate_fn)
+    def remaining(self):
+        """The epoch's batches that are left; those before are not even loaded."""
+        indices = list(self.train.batch_sampler)[self.progress["batch"] :]
+        own = torch.Generator()  # DataLoader draws from it, and not from the state that checkpoints hold
+        return DataLoader(self.train.dataset, batch_sampler=indices, collate_fn=pad_collate_fn, generator=own)
 
-    def end_epoch(self, monitor: Monitor) -> None:
-        """Validate, show samples, and save: always `last.pt`, `best.pt` where it is the best so far."""
+    def end_epoch(self) -> None:
+        """Validate, show samples, and save: `best.pt` where it is the best so far, always `last.pt`."""
         done = self.progress
         self.model.eval()
         valid = evaluate(self.model, self.valid, self.options.device)
         sentences = samples(self.model, self.options.seed + done["epoch"])
-        train = done["nats"] / done["symbols"]
-        best = valid < done["best"]
-        speed = done["step"] / len(self.train) * done["symbols"] / done["seconds"]
-        monitor.epoch(done["step"], valid, sentences)
-        done.update(epoch=done["epoch"] + 1, batch=0, nats=0.0, symbols=0, best=min(valid, done["best"]))
+        self.monitor.epoch(done["step"] - 1, valid, sentences)  # with the step just done: a resumed run keeps it
         print(
-            f"epoch {done['epoch']}/{self.options.epochs}: training {train:.3f} nats, validation {valid:.3f} nats "
-            f"= {valid / math.log(2):.3f} bits per character, {speed:,.0f} characters/s"
+            f"epoch {done['epoch'] + 1}/{self.options.epochs}: training {done['nats'] / done['symbols']:.3f} nats, "
+            f"validation {valid:.3f} nats = {valid / math.log(2):.3f} bits per character, "
+            f"{done['symbols'] / done['seconds']:,.0f} characters/s"
         )
         for decoder, sentence in sentences.items():
             print(f"  {decoder:8s} {sentence}")
-        checkpoint = self.checkpoint()
-        save(self.folder / "last.pt", checkpoint)
+        best = valid < done["best"]
+        done.update(epoch=done["epoch"] + 1, batch=0, nats=0.0, symbols=0, seconds=0.0, best=min(valid, done["best"]))
         if best:
-            save(self.folder / "best.pt", checkpoint)
+            self.save("best.pt")  # first: a run killed here goes on from the older last.pt and comes here again
+        self.save("last.pt")
 
-    def run(self, monitor: Monitor, stop: threading.Event) -> bool:
-        """Train epoch after epoch; False if it was stopped, with `last.pt` saved."""
+    def save(self, name: str) -> None:
+        """Save as `name`; the curves up to here are on disk before."""
+        self.monitor.writer.flush()
+        save(self.folder / name, self.checkpoint())
+
+    def run(self, stop: threading.Event) -> bool:
+        """Train epoch after epoch; False if `stop` was set before the end. `last.pt` is saved."""
+        self.stop = stop
+        self.monitor = Monitor(self.folder, self.options, self.progress["step"], self.interval)
+        if self.progress["step"] == 0:
+            self.save("last.pt")  # a run killed before its first save can be resumed as well
         while self.progress["epoch"] < self.options.epochs:
-            if not self.train_epoch(monitor, stop):
-                save(self.folder / "last.pt", self.checkpoint())
-                return False
-            self.end_epoch(monitor)
-            if stop.is_set() and self.progress["epoch"] < self.options.epochs:
-                return False
-        return True
+            if not self.train_epoch():
+                break
+            self.end_epoch()
+            if stop.is_set():
+                break
+        self.monitor.writer.close()
+        return self.progress["epoch"] == self.options.epochs
 
 
 # ----------------------------------------------------------------------------------- command line
 
-NOT_SAVED = ("run", "resume", "device")  # they belong to a command, not to a run
+NOT_SAVED = ("run", "resume", "device", "save_every")  # they belong to a command, not to a run
 
 
-def parse_options(arguments=None):
+def command_parser() -> Parser:
     parser = Parser(prog="tp5.py", description="Train a character model with a recurrent cell written by hand.")
     add = parser.add_argument
     add("--model", choices=CELLS, default="lstm", help="the recurrent cell")
@@ -590,12 +605,20 @@ def parse_options(arguments=None):
     add("--scalars-every", type=number(int, 0), default=20, metavar="N", help="steps between scalars; 0: off")
     add("--histograms-every", type=number(int, 0), default=400, metavar="N",
         help="steps between histograms of gates, gradients and parameters; 0: off")  # fmt: skip
+    add("--save-every", type=number(float, 0), default=30, metavar="SECONDS",
+        help="save within an epoch too; 0: only after each")  # fmt: skip
     add("--run", type=Path, metavar="FOLDER", help="where the run goes (default: runs/MODEL-DATE_TIME)")
     add("--resume", nargs="?", const="newest", metavar="RUN",
         help="go on with a run's last.pt (alone: the newest run), with that run's options")  # fmt: skip
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def parse_options():
+    options = command_parser().parse_args()
+    if options.run and options.resume:
+        raise LabError("--run does not go with --resume: a run goes on in its own folder")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no CUDA device; leave it out to train on the CPU")
+        raise LabError("--device cuda: this PyTorch sees no CUDA device; leave it out to train on the CPU")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.data = str(Path(options.data).resolve())
@@ -617,25 +640,24 @@ def new_folder(options) -> Path:
     return folder
 
 
-def resumed(options):
-    """The folder and checkpoint to resume; `options` become that run's, and what that overrides is said."""
-    if options.resume == "newest":
-        found = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise LabError(f"no run in {RUNS} to resume: train one with `python tp5.py --model lstm`")
-        folder = found[-1].parent
-    else:
-        folder = Path(options.resume)
-    checkpoint = load_checkpoint(folder / "last.pt")
-    defaults, saved = vars(parse_options([])), checkpoint["options"]
-    if set(saved) != set(defaults) - set(NOT_SAVED):
-        raise LabError(f"{folder / 'last.pt'} is damaged: its options are not this program's")
+def newest_run() -> Path:
+    """The folder of the run that was saved last."""
+    found = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise LabError(f"no run in {RUNS} to resume: train one with `python tp5.py --model lstm`")
+    return found[-1].parent
+
+
+def take_over(options, saved: dict) -> None:
+    """Replace `options` by those of the run that is resumed; say which of the command line that overrides."""
+    blank = argparse.Namespace(**dict.fromkeys(vars(options)))  # defaults do not overwrite its None
+    given = vars(command_parser().parse_args(namespace=blank))
     for name, value in saved.items():
-        given = getattr(options, name)
-        if given not in (value, defaults[name]):
-            print(f"ignored: --{name.replace('_', '-')} {given}; the run has {value}")
+        if name == "data" and given[name]:  # the corpus may have moved: `restore` compares its content
+            continue
+        if given[name] not in (None, value):
+            print(f"ignored: --{name.replace('_', '-')} {given[name]}; the run has {value}")
         setattr(options, name, value)
-    return folder, checkpoint
 
 
 @contextmanager
@@ -656,18 +678,24 @@ def stop_on_interrupt():
 
 def main() -> None:
     options = parse_options()
-    folder, checkpoint = resumed(options) if options.resume else (None, None)
+    folder = checkpoint = None
+    if options.resume:
+        folder = newest_run() if options.resume == "newest" else Path(options.resume)
+        checkpoint = load_checkpoint(folder / "last.pt")
+        take_over(options, checkpoint["options"])
+        if checkpoint["progress"]["epoch"] == options.epochs:
+            print(f"{folder} has finished its {options.epochs} epochs, nothing is left to resume: train a new run")
+            return
     corpus = load_corpus(options)
     folder = folder or new_folder(options)
     training = Training(options, folder, *corpus)
     if checkpoint:
         training.restore(checkpoint, folder / "last.pt")
+        print(f"going on after step {training.progress['step']:,}")
     parameters = sum(p.numel() for p in training.model.parameters())
     print(f"{options.model} with {parameters:,} parameters on {options.device}, {training.steps:,} steps: {folder}")
-    monitor = Monitor(folder, options, training.progress["step"])
     with stop_on_interrupt() as stop:
-        finished = training.run(monitor, stop)
-    monitor.writer.close()
+        finished = training.run(stop)
     if finished:
         chosen = "" if folder.parent == RUNS else f" --checkpoint {folder / 'best.pt'}"
         print(f"Run saved in {folder}. Next: python generate.py --beam 5{chosen}; tensorboard --logdir {folder.parent}")
