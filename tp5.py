@@ -8,13 +8,16 @@ Losses and log-probabilities are in nats.
 """
 
 import argparse
+import functools
 import hashlib
+import io
 import math
 import os
 import signal
+import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -36,6 +39,7 @@ from textloader import (
     Parser,
     TextDataset,
     number,
+    one_line,
     pad_collate_fn,
     read_text,
     run_main,
@@ -250,6 +254,19 @@ def evaluate(model, loader, device) -> float:
 # ------------------------------------------------------------------------------------- monitoring
 
 
+def while_writable(method):
+    """A method of Monitor that does nothing once events cannot be written."""
+
+    @functools.wraps(method)
+    def call(self, *arguments, **named):
+        try:
+            return method(self, *arguments, **named) if self.writer else None
+        except OSError as error:
+            self.give_up(error)
+
+    return call
+
+
 INTERVAL = dict(steps=0, symbols=0, clipped=0, nats=0.0, seconds=0.0)  # sums since scalars were last written
 
 
@@ -263,14 +280,24 @@ class Monitor:
     def __init__(self, folder, options, step: int, interval: dict | None = None):
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
 
-        self.writer = SummaryWriter(folder, purge_step=step)
+        threading.excepthook = lambda failed: None  # the writer's thread also hands its error to our next call
+        try:
+            self.writer = SummaryWriter(folder, purge_step=step)
+        except OSError as error:
+            self.give_up(error)
         self.scalars_every, self.histograms_every = options.scalars_every, options.histograms_every
         self.interval = dict(interval or INTERVAL)
 
+    def give_up(self, error: OSError) -> None:
+        """Say that events cannot be written; training goes on without."""
+        self.writer = None
+        warn(f"cannot write TensorBoard's events: {error.strerror}; the curves end here, training goes on")
+
     def wants_histograms(self, step: int) -> bool:
         """Whether gates and gradients of this step are recorded."""
-        return self.histograms_every > 0 and step % self.histograms_every == 0
+        return bool(self.writer) and self.histograms_every > 0 and step % self.histograms_every == 0
 
+    @while_writable
     def histograms(self, model, states, real, step: int) -> None:
         """Every parameter, its gradient, and every gate and state where `real` (T, B) is true."""
         for name, parameter in model.named_parameters():
@@ -280,6 +307,7 @@ class Monitor:
             values = torch.stack(values)[real].cpu()  # (real symbols, H)
             self.writer.add_histogram(f"gates/{model.cell}/{name}", values, step, bins=64)
 
+    @while_writable
     def step(self, step: int, rate: float, norm: float, **sums) -> None:
         """Account for one training step; every `scalars_every` steps, write the interval's means."""
         total = self.interval = {name: self.interval[name] + sums[name] for name in self.interval}
@@ -291,12 +319,22 @@ class Monitor:
             self.writer.add_scalar("training/characters_per_second", total["symbols"] / total["seconds"], step)
             self.interval = dict(INTERVAL)
 
+    @while_writable
     def epoch(self, step: int, valid: float, samples: dict[str, str]) -> None:
         """The validation loss and the sentences of an epoch."""
         self.writer.add_scalar("loss/validation", valid, step)
         self.writer.add_scalar("loss/validation_bits_per_character", valid / math.log(2), step)
         for decoder, text in samples.items():
             self.writer.add_text(f"samples/{decoder}", text.replace("<", "&lt;"), step)
+
+    @while_writable
+    def flush(self) -> None:
+        """Have everything on disk."""
+        self.writer.flush()
+
+    @while_writable
+    def close(self) -> None:
+        self.writer.close()
 
 
 def samples(model, seed: int) -> dict[str, str]:
@@ -330,15 +368,49 @@ FIELDS = {
 
 def save(path: Path, checkpoint: dict) -> None:
     """Write beside, flush to disk, rename: the file is the old one or the new one, never a half."""
-    beside = path.with_suffix(".tmp")
+    beside, content = path.with_suffix(".tmp"), io.BytesIO()
+    torch.save(checkpoint, content)
     try:
         with open(beside, "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        if os.name == "posix":  # the new name is in the folder, which has to reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()  # a half takes room and is of no use
         raise LabError(f"cannot write {path}: {error.strerror}; the last good one is kept") from None
+
+
+@contextmanager
+def locked(folder: Path):
+    """Keep `folder` to this process; however it ends, the system gives the lock back."""
+    try:
+        file = open(folder / "lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise LabError(f"cannot write in {folder}: {error.strerror}") from None
+    with file:
+        try:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise LabError(f"{folder} is locked, another process trains this run ({error.strerror})") from None
+        yield
+
+
+def warn(message: str) -> None:
+    """One line on standard error."""
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 def load_checkpoint(path) -> dict:
@@ -497,6 +569,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        self.stopping = self.stop.is_set()
         self.clock, before = time.perf_counter(), self.clock
         sums = dict(nats=loss.item() * count, symbols=count, seconds=self.clock - before)
         self.monitor.step(step, rate, norm, steps=1, clipped=norm > limit, **sums)
@@ -517,11 +590,11 @@ class Training:
                 bar.set_postfix_str(f"{nats:.3f} nats, {speed:,.0f} characters/s", refresh=False)
                 bar.update()
                 due = self.options.save_every and self.clock - saved >= self.options.save_every
-                if done["batch"] < batches and (due or self.stop.is_set()):  # end_epoch saves after the last one
-                    self.save("last.pt")
+                if done["batch"] < batches and (due or self.stopping):  # after the last one, end_epoch saves
+                    self.save("last.pt", final=self.stopping)
                     saved = self.clock
-                    if self.stop.is_set():
-                        break
+                if self.stopping:
+                    break
         return done["batch"] == batches
 
     def remaining(self):
@@ -544,30 +617,36 @@ class Training:
         )
         for decoder, sentence in sentences.items():
             print(f"  {decoder:8s} {sentence}")
-        best = valid < done["best"]
-        done.update(epoch=done["epoch"] + 1, batch=0, nats=0.0, symbols=0, seconds=0.0, best=min(valid, done["best"]))
-        if best:
-            self.save("best.pt")  # first: a run killed here goes on from the older last.pt and comes here again
-        self.save("last.pt")
+        best_before = done["best"]
+        done.update(epoch=done["epoch"] + 1, batch=0, nats=0.0, symbols=0, seconds=0.0, best=min(valid, best_before))
+        final = self.stopping or done["epoch"] == self.options.epochs
+        # The best first: a run killed in between goes on from the older last.pt and comes here again.
+        if valid < best_before and not self.save("best.pt", final):
+            done["best"] = best_before
+        self.save("last.pt", final)
 
-    def save(self, name: str) -> None:
-        """Save as `name`; the curves up to here are on disk before."""
-        self.monitor.writer.flush()
-        save(self.folder / name, self.checkpoint())
+    def save(self, name: str, final: bool) -> bool:
+        """Save as `name`, after the curves; whether it went well. Only the `final` save of a command has to."""
+        self.monitor.flush()
+        try:
+            save(self.folder / name, self.checkpoint())
+        except LabError as error:
+            if final:
+                raise
+            warn(f"{error}; training goes on")
+            return False
+        return True
 
     def run(self, stop: threading.Event) -> bool:
         """Train epoch after epoch; False if `stop` was set before the end. `last.pt` is saved."""
-        self.stop = stop
+        self.stop, self.stopping = stop, False
         self.monitor = Monitor(self.folder, self.options, self.progress["step"], self.interval)
         if self.progress["step"] == 0:
-            self.save("last.pt")  # a run killed before its first save can be resumed as well
-        while self.progress["epoch"] < self.options.epochs:
-            if not self.train_epoch():
-                break
-            self.end_epoch()
-            if stop.is_set():
-                break
-        self.monitor.writer.close()
+            self.save("last.pt", final=True)  # a run killed before its first save can be resumed as well
+        while self.progress["epoch"] < self.options.epochs and not self.stopping:
+            if self.train_epoch():
+                self.end_epoch()
+        self.monitor.close()
         return self.progress["epoch"] == self.options.epochs
 
 
@@ -626,18 +705,19 @@ def parse_options():
 
 
 def new_folder(options) -> Path:
-    """Make the run's folder; LabError if it holds a run already."""
+    """Make the run's folder. One that is named may be there already; of two runs in one second, each has its own."""
     folder = options.run or RUNS / f"{options.model}-{time.strftime('%Y-%m-%d_%H%M%S')}"
     try:
-        if options.run is None:
-            while folder.exists():  # two runs in one second
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=options.run is not None)
+                return folder
+            except FileExistsError:
+                if options.run:  # a file of that name
+                    raise
                 folder = folder.with_name(folder.name + "+")
-        elif (folder / "last.pt").exists():
-            raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
-        folder.mkdir(parents=True, exist_ok=options.run is not None)
     except OSError as error:
         raise LabError(f"cannot make the folder {folder}: {error.strerror}") from None
-    return folder
 
 
 def newest_run() -> Path:
@@ -661,46 +741,71 @@ def take_over(options, saved: dict) -> None:
 
 
 @contextmanager
-def stop_on_interrupt():
-    """An event that the first Ctrl-C sets, so that the step under way is finished; a second one kills."""
+def stop_on_signal():
+    """An event that the first SIGINT (Ctrl-C) or SIGTERM sets, so that a run saves and stops; a second one kills."""
     stop = threading.Event()
 
-    def interrupted(*_):
+    def asked(*_):
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGINT, interrupted)
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def main() -> None:
-    options = parse_options()
-    folder = checkpoint = None
-    if options.resume:
-        folder = newest_run() if options.resume == "newest" else Path(options.resume)
-        checkpoint = load_checkpoint(folder / "last.pt")
-        take_over(options, checkpoint["options"])
-        if checkpoint["progress"]["epoch"] == options.epochs:
-            print(f"{folder} has finished its {options.epochs} epochs, nothing is left to resume: train a new run")
-            return
-    corpus = load_corpus(options)
-    folder = folder or new_folder(options)
-    training = Training(options, folder, *corpus)
-    if checkpoint:
-        training.restore(checkpoint, folder / "last.pt")
-        print(f"going on after step {training.progress['step']:,}")
+def train(training: Training) -> None:
+    """Run to the end or to a signal, and say what comes next."""
+    options, folder = training.options, training.folder
     parameters = sum(p.numel() for p in training.model.parameters())
     print(f"{options.model} with {parameters:,} parameters on {options.device}, {training.steps:,} steps: {folder}")
-    with stop_on_interrupt() as stop:
+    with stop_on_signal() as stop:
         finished = training.run(stop)
     if finished:
         chosen = "" if folder.parent == RUNS else f" --checkpoint {folder / 'best.pt'}"
         print(f"Run saved in {folder}. Next: python generate.py --beam 5{chosen}; tensorboard --logdir {folder.parent}")
     else:
         print(f"Stopped and saved in {folder}. Go on with: python tp5.py --resume {folder}")
+
+
+def begin(options) -> None:
+    """Train a new run."""
+    corpus = load_corpus(options)
+    folder = new_folder(options)
+    with locked(folder):
+        if (folder / "last.pt").exists():
+            raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
+        train(Training(options, folder, *corpus))
+
+
+def resume(options) -> None:
+    """Go on with a run."""
+    folder = newest_run() if options.resume == "newest" else Path(options.resume)
+    last = folder / "last.pt"
+    if not last.exists():
+        raise LabError(f"cannot read {last}: there is no run to resume")
+    with locked(folder):
+        checkpoint = load_checkpoint(last)
+        take_over(options, checkpoint["options"])
+        if checkpoint["progress"]["epoch"] == options.epochs:
+            print(f"{folder} has finished its {options.epochs} epochs, nothing is left to resume: train a new run")
+            return
+        training = Training(options, folder, *load_corpus(options))
+        training.restore(checkpoint, last)
+        print(f"going on after step {training.progress['step']:,}")
+        train(training)
+
+
+def main() -> None:
+    options = parse_options()
+    if options.resume:
+        resume(options)
+    else:
+        begin(options)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -102,27 +101,25 @@ def test_same_seed_same_run(runs, tmp_path):
     assert all(torch.equal(first["weights"][name], again["weights"][name]) for name in first["weights"])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_interrupted_and_resumed_is_the_same_run(runs, tmp_path):
-    folder = tmp_path / "run"
-    arguments = [sys.executable, str(ROOT / "tp5.py"), "--model", "lstm", "--run", str(folder), *SMALL]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/2"):
-            process.send_signal(signal.SIGINT)
-            break
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "Stopped and saved" in output and "Traceback" not in errors
-    resumed = command("tp5.py", "--resume", folder, "--lr", "0.5")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "ignored: --lr 0.5; the run has 0.005" in resumed.stdout
-    whole, parts = (load_checkpoint(run / "last.pt") for run in (runs / "lstm", folder))
-    assert whole["progress"]["best"] == parts["progress"]["best"]
-    assert all(torch.equal(whole["weights"][name], parts["weights"][name]) for name in whole["weights"])
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    steps = [event.step for event in events.Scalars("loss/train")]
-    assert steps == sorted(set(steps))
+def test_resuming_a_finished_run(runs):
+    """It says so, and what of the command line it ignores; nothing is written."""
+    before = (runs / "lstm" / "last.pt").read_bytes()
+    result = command("tp5.py", "--resume", runs / "lstm", "--lr", "0.5", "--epochs", "9", "--hidden", "24")
+    assert result.returncode == 0, result.stderr
+    assert "ignored: --lr 0.5; the run has 0.005" in result.stdout
+    assert "ignored: --epochs 9; the run has 2" in result.stdout and "--hidden" not in result.stdout
+    assert "has finished its 2 epochs" in result.stdout
+    assert (runs / "lstm" / "last.pt").read_bytes() == before
+
+
+def test_resuming_with_another_corpus(runs, tmp_path):
+    checkpoint = load_checkpoint(runs / "lstm" / "last.pt")
+    checkpoint["progress"].update(epoch=1)
+    (tmp_path / "run").mkdir()
+    torch.save(checkpoint, tmp_path / "run" / "last.pt")
+    (tmp_path / "other.txt").write_text("Yes. We. Can. " * 20, encoding="utf-8")
+    result = command("tp5.py", "--resume", tmp_path / "run", "--data", tmp_path / "other.txt")
+    refused(result, "other.txt", "not the corpus")
 
 
 @pytest.mark.parametrize(
@@ -179,6 +176,7 @@ def test_generate_rescored(runs):
         ("tp5.py", ["--data", "missing.txt"], ["cannot read"]),
         ("tp5.py", ["--data", "."], ["cannot read"]),
         ("tp5.py", ["--resume", "nowhere"], ["cannot read"]),
+        ("tp5.py", ["--resume", "there", "--run", "here"], ["--run", "--resume"]),
         ("generate.py", ["--beam", "0"], ["--beam", "at least 1"]),
         ("generate.py", ["--nucleus", "1.1"], ["--nucleus", "at most 1"]),
         ("generate.py", ["--nucleus", "0"], ["--nucleus", "above 0"]),

@@ -1,15 +1,13 @@
 """A run that is killed and resumed is the run that was never interrupted, to the bit."""
 
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import command, ended, start
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from tp5 import load_checkpoint
@@ -17,20 +15,12 @@ from tp5 import load_checkpoint
 TINY = ("--hidden", "8", "--embedding", "4", "--batch-size", "8",
         "--scalars-every", "7", "--histograms-every", "100", "--model", "gru")  # fmt: skip
 SHORT, LONG = (*TINY, "--maxsent", "600", "--epochs", "2"), (*TINY, "--maxsent", "1500", "--epochs", "6")
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
 
 
-def start(*arguments) -> subprocess.Popen:
-    arguments = [sys.executable, str(ROOT / "tp5.py"), *map(str, arguments)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=ALONE)
-
-
-def finish(*arguments) -> str:
-    process = start(*arguments)
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    return output
+def finish(*arguments) -> None:
+    result = command("tp5.py", *arguments)
+    assert result.returncode == 0, result.stderr
 
 
 def same(left, right) -> bool:
@@ -77,7 +67,8 @@ def killed_and_resumed(folder, options, kills: int, seed: int) -> tuple[int, int
     last, beside = folder / "last.pt", folder / "last.tmp"
     for kill in range(kills):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        process = start(*(("--resume", folder) if before else ("--run", folder, *options)), "--save-every", "0.02")
+        which = ("--resume", folder) if before else ("--run", folder, *options)
+        process = start("tp5.py", *which, "--save-every", "0.02")
         if kill % 4:  # after it has trained, or else (every fourth time) while it starts, resumes and opens its files
             wait_until(lambda: last.exists() and last.stat().st_mtime_ns != before, process)  # noqa: B023
             time.sleep(dice.uniform(0, 0.25))
@@ -86,11 +77,16 @@ def killed_and_resumed(folder, options, kills: int, seed: int) -> tuple[int, int
         if kill % 3 == 0:
             wait_until(beside.exists, process)
         process.send_signal(signal.SIGKILL)
-        errors = process.communicate(timeout=60)[1]
-        met += process.returncode == -signal.SIGKILL
+        result = ended(process)
+        met += result.returncode == -signal.SIGKILL
         saving += beside.exists()
-        assert process.returncode in (0, -signal.SIGKILL), errors
+        assert result.returncode in (0, -signal.SIGKILL), result.stderr
     if last.exists():
+        before = last.stat().st_mtime_ns
+        interrupted = start("tp5.py", "--resume", folder, "--save-every", "0.02")
+        wait_until(lambda: last.stat().st_mtime_ns != before, interrupted)
+        interrupted.send_signal(signal.SIGINT)  # which saves once more, and stops
+        assert ended(interrupted).returncode == 0
         finish("--resume", folder)
     else:
         finish("--run", folder, *options)
