@@ -13,10 +13,12 @@ import hashlib
 import io
 import math
 import os
+import pickletools
 import signal
 import sys
 import threading
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -364,6 +366,8 @@ FIELDS = {
     "progress": dict,
     "interval": dict,
 }
+# All that the pickle in a checkpoint may name.
+GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch ByteStorage"}
 
 
 def save(path: Path, checkpoint: dict) -> None:
@@ -413,49 +417,141 @@ def warn(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
-def load_checkpoint(path) -> dict:
-    """Read a checkpoint without running anything in it; LabError if it is not one of ours."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise LabError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # whatever a foreign or damaged file makes the reader raise
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-        raise LabError(f"{path} is not a checkpoint of this lab, or is damaged: {reason}") from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise LabError(f"{path} is not a checkpoint of this lab")
-    if checkpoint["format"] != FORMAT:
-        raise LabError(f"{path} has format {checkpoint['format']}, this program reads {FORMAT}: train again")
-    for field, kind in FIELDS.items():
-        if not isinstance(checkpoint.get(field), kind):
-            raise LabError(f"{path} is damaged: its field {field!r} is missing or of a wrong kind")
-    if checkpoint["alphabet"] != LETTRES:
-        raise LabError(f"{path} was trained on another alphabet: its symbols would not be ours")
-    return checkpoint
-
-
 def configuration(options) -> dict:
     """The model that a command line asks for, as CharModel's arguments."""
     return dict(cell=options.model, embedding_size=options.embedding, hidden_size=options.hidden)
 
 
-def restore_model(checkpoint: dict, path) -> CharModel:
-    """The checkpoint's model, on the CPU; LabError if sizes and weights do not fit."""
+def records(file) -> io.BytesIO:
+    """The archive in `file` made anew from its records, each checked: torch reads this copy and nothing else.
+
+    Raises LabError or whatever zipfile and pickletools raise on a damaged or foreign file. A record
+    cannot inflate, so that a small file stays small; its pickle names nothing but tensors' parts.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as clean:
+        found = archive.infolist()
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in found)
+        if not stored or sum(record.file_size for record in found) > os.fstat(file.fileno()).st_size:
+            raise LabError("its records claim more than the file holds")
+        for record in found:
+            content = archive.read(record)  # raises BadZipFile unless its CRC is right
+            if record.filename.endswith(".pkl"):
+                named = {what for opcode, what, _ in pickletools.genops(content) if "GLOBAL" in opcode.name}
+                if not named <= GLOBALS:
+                    raise LabError(f"it names {min(named - GLOBALS, key=str)}, which no checkpoint needs")
+            clean.writestr(record.filename, content)
+    copy.seek(0)
+    return copy
+
+
+def load_checkpoint(path) -> dict:
+    """Read a checkpoint without running anything in it; LabError if it is not a sound one of ours."""
     try:
-        cell, *sizes = (checkpoint["model"][name] for name in ("cell", "embedding_size", "hidden_size"))
-        weights = checkpoint["weights"]
-        if list(weights["emb.weight"].shape) != [SYMBOLS, sizes[0]] or weights["decoder.weight"].shape[1] != sizes[1]:
-            raise ValueError
-        model = CharModel(cell, *sizes)
-        model.load_state_dict(weights)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError):
-        raise LabError(f"{path} is damaged: its weights do not fit its model") from None
-    return model
+        with open(path, "rb") as file:
+            checkpoint = torch.load(records(file), map_location="cpu", weights_only=True)
+            check(checkpoint, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise LabError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # whatever a foreign or damaged file makes zipfile, pickletools, torch or `check` raise
+        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
+        raise LabError(f"{path} is not a checkpoint of this lab, or is damaged: {reason}") from None
+    return checkpoint
+
+
+def kinds(values: dict) -> dict:
+    """The type of each value; True is no 1 and 1 is no 1.0."""
+    return {name: type(value) for name, value in values.items()}
+
+
+def check(checkpoint, size: int) -> None:
+    """Raise unless every field is as a run of this program saves it, in a file of `size` bytes."""
+    if type(checkpoint) is not dict or type(checkpoint.get("format")) is not int:
+        raise LabError("it holds something else")
+    if checkpoint["format"] != FORMAT:
+        raise LabError(f"format {checkpoint['format']}, this program reads {FORMAT}: train again")
+    if kinds(checkpoint) != FIELDS:
+        raise LabError("a field is missing, unknown or of a wrong kind")
+    if checkpoint["alphabet"] != LETTRES:
+        raise LabError("it was trained on another alphabet, its symbols are not ours")
+    for field in ("model", "corpus", "options", "progress", "interval"):
+        if not {str, int, float, bool, type(None)}.issuperset(kinds(checkpoint[field]).values()):
+            raise LabError(f"its {field} has more than text and numbers")
+    options = checked_options(checkpoint["options"])
+    model = configuration(options)
+    if checkpoint["model"] != model or kinds(checkpoint["model"]) != kinds(model):
+        raise LabError("its model is not the one of its options")
+    if kinds(checkpoint["corpus"]) != {"name": str, "sha256": str}:
+        raise LabError("its corpus is not described")
+    check_numbers(checkpoint, options)
+    check_tensors(checkpoint, size)
+
+
+def checked_options(saved: dict) -> argparse.Namespace:
+    """A checkpoint's options, through the command line's own checks."""
+    arguments = []
+    for name, value in saved.items():
+        option = f"--{name.replace('_', '-')}"
+        arguments += [option] if value is True else [] if value in (None, False) else [f"{option}={value}"]
+    options = command_parser().parse_args(arguments)
+    parsed = {name: value for name, value in vars(options).items() if name not in NOT_SAVED}
+    if parsed != saved or kinds(parsed) != kinds(saved):
+        raise LabError("its options are not those of this program")
+    return options
+
+
+def check_numbers(checkpoint: dict, options) -> None:
+    """Raise unless progress and interval are as START and INTERVAL, not below 0, and within the run."""
+    for name, like in (("progress", START), ("interval", INTERVAL)):
+        numbers = checkpoint[name]
+        if kinds(numbers) != kinds(like):
+            raise LabError(f"its {name} is not that of this program")
+        if not all(number >= 0 for number in numbers.values()):  # NaN is not either
+            raise LabError(f"its {name} has a number below 0 or none at all")
+    progress = checkpoint["progress"]
+    if progress["epoch"] > options.epochs or progress["batch"] > progress["step"]:
+        raise LabError("its progress is beyond its end")
+
+
+def check_tensors(checkpoint: dict, size: int) -> None:
+    """Raise unless weights, moments and random states have the model's shapes and the file's `size`."""
+    weights, moments, random = checkpoint["weights"], checkpoint["optimizer"], checkpoint["random"]
+    tensors = [*weights.values(), *random.values(), *(t for parts in moments.values() for t in parts.values())]
+    if any(type(t) is not torch.Tensor or t.device.type != "cpu" for t in tensors):
+        raise LabError("something stands in place of a tensor")
+    if sum(t.numel() * t.element_size() for t in tensors) > size:
+        raise LabError("its tensors claim more than the file holds")
+    with torch.device("meta"):  # shapes without memory: the sizes may be lies
+        model = CharModel(**checkpoint["model"])
+    check_shapes(weights, {name: value.shape for name, value in model.state_dict().items()}, "weights")
+    parameters = dict(enumerate(model.parameters())) if checkpoint["progress"]["step"] else {}
+    if moments.keys() != parameters.keys():
+        raise LabError("its optimiser is not that of its model")
+    for i, parameter in parameters.items():
+        shapes = dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape)
+        check_shapes(moments[i], shapes, "optimiser's moments")
+        if moments[i]["step"] != checkpoint["progress"]["step"] or moments[i]["exp_avg_sq"].min() < 0:
+            raise LabError("its optimiser's moments are out of range")
+    if not {"cpu"} <= random.keys() <= {"cpu", "cuda"}:
+        raise LabError("its random states are not those of this program")
+    torch.Generator().set_state(random["cpu"])  # raises if it is none
+
+
+def check_shapes(tensors: dict, shapes: dict, what: str) -> None:
+    """Raise unless `tensors` are finite float32 of these shapes, by name."""
+    if {name: t.shape for name, t in tensors.items()} != shapes:
+        raise LabError(f"its {what} do not fit its model")
+    if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
+        raise LabError(f"its {what} are not finite numbers of 32 bits")
 
 
 def load_model(path) -> CharModel:
     """A trained model, ready to write; LabError if `path` is not a checkpoint of this lab."""
-    return restore_model(load_checkpoint(path), path).eval()
+    checkpoint = load_checkpoint(path)
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        model = CharModel(**checkpoint["model"])
+    model.load_state_dict(checkpoint["weights"], assign=True)
+    return model.eval()
 
 
 # --------------------------------------------------------------------------------------- training
@@ -536,16 +632,15 @@ class Training:
         """Take up the run where the checkpoint left it."""
         if checkpoint["corpus"] != self.corpus:
             raise LabError(f"{self.options.data} is not the corpus that {path} was trained on")
-        restore_model(checkpoint, path)  # says what is wrong before anything is changed
-        try:
-            self.model.load_state_dict(checkpoint["weights"])
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint["optimizer"]})
-            self.progress, self.interval = dict(checkpoint["progress"]), checkpoint["interval"]
-            torch.set_rng_state(checkpoint["random"]["cpu"])
-            if self.options.device == "cuda" and "cuda" in checkpoint["random"]:
-                torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
-        except (KeyError, ValueError, TypeError, RuntimeError):
-            raise LabError(f"{path} is damaged: its training state does not fit its model") from None
+        done = checkpoint["progress"]
+        if done["batch"] >= len(self.train) or done["step"] != done["epoch"] * len(self.train) + done["batch"]:
+            raise LabError(f"{path} is damaged: its progress does not fit its corpus")
+        self.progress, self.interval = dict(done), checkpoint["interval"]
+        self.model.load_state_dict(checkpoint["weights"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint["optimizer"]})
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if self.options.device == "cuda" and "cuda" in checkpoint["random"]:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
 
     def train_step(self, batch) -> float:
         """One batch (T, B): forward, backward, clip, step. Returns its loss in nats per symbol."""
