@@ -492,7 +492,8 @@ def checked_options(saved: dict) -> argparse.Namespace:
     arguments = []
     for name, value in saved.items():
         option = f"--{name.replace('_', '-')}"
-        arguments += [option] if value is True else [] if value in (None, False) else [f"{option}={value}"]
+        if value is not None and value is not False:
+            arguments.append(option if value is True else f"{option}={value}")
     options = command_parser().parse_args(arguments)
     parsed = {name: value for name, value in vars(options).items() if name not in NOT_SAVED}
     if parsed != saved or kinds(parsed) != kinds(saved):
@@ -524,13 +525,14 @@ def check_tensors(checkpoint: dict, size: int) -> None:
     with torch.device("meta"):  # shapes without memory: the sizes may be lies
         model = CharModel(**checkpoint["model"])
     check_shapes(weights, {name: value.shape for name, value in model.state_dict().items()}, "weights")
-    parameters = dict(enumerate(model.parameters())) if checkpoint["progress"]["step"] else {}
+    steps = checkpoint["progress"]["step"] - checkpoint["progress"]["skipped"]  # that the optimiser made
+    parameters = dict(enumerate(model.parameters())) if steps else {}
     if moments.keys() != parameters.keys():
         raise LabError("its optimiser is not that of its model")
     for i, parameter in parameters.items():
         shapes = dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape)
         check_shapes(moments[i], shapes, "optimiser's moments")
-        if moments[i]["step"] != checkpoint["progress"]["step"] or moments[i]["exp_avg_sq"].min() < 0:
+        if moments[i]["step"] != steps or moments[i]["exp_avg_sq"].min() < 0:
             raise LabError("its optimiser's moments are out of range")
     if not {"cpu"} <= random.keys() <= {"cpu", "cuda"}:
         raise LabError("its random states are not those of this program")
@@ -594,8 +596,9 @@ def cosine(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-# `batch` of `epoch` comes next; nats, symbols and seconds are the epoch's sums so far.
-START = dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, seconds=0.0, best=math.inf)
+# `batch` of `epoch` comes next; nats, symbols and seconds are the epoch's sums so far; steps skipped
+# since the start, and the last ones in a row.
+START = dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, seconds=0.0, best=math.inf, skipped=0, in_row=0)
 
 
 class Training:
@@ -644,33 +647,50 @@ class Training:
 
     def train_step(self, batch) -> float:
         """One batch (T, B): forward, backward, clip, step. Returns its loss in nats per symbol."""
-        done, step, count = self.progress, self.progress["step"], int((batch != PAD_IX).sum())
+        done, step, symbols = self.progress, self.progress["step"], int((batch != PAD_IX).sum())
         batch = batch.to(self.options.device)
         record = self.monitor.wants_histograms(step)
         self.optimizer.zero_grad()
         with watch(self.model.rnn) if record else nullcontext() as states:
             loss = maskedCrossEntropy(self.model(batch), batch, PAD_IX)
         loss.backward()
-        if record:
+        self.stopping = self.stop.is_set()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf).item()  # before clipping
+        finite = math.isfinite(loss.item()) and math.isfinite(norm)
+        if record and finite:
             self.monitor.histograms(self.model, states, batch != PAD_IX, step)
-        limit = self.options.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        if not math.isfinite(loss.item()) or not math.isfinite(norm):
-            raise LabError(
-                f"the loss or its gradient is not finite at step {step}: try a smaller --lr or --clip; "
-                f"the last good checkpoint in {self.folder} is kept"
-            )
-        rate = self.options.lr * cosine(step, self.steps)
+        self.clock, before = time.perf_counter(), self.clock
+        sums = dict(nats=loss.item() * symbols, symbols=symbols, seconds=self.clock - before)
+        if finite:
+            rate, limit = self.options.lr * cosine(step, self.steps), self.options.clip or math.inf
+            self.update(rate, norm, limit)
+            self.monitor.step(step, rate, norm, steps=1, clipped=norm > limit, **sums)
+            done.update({name: done[name] + more for name, more in sums.items()}, in_row=0)
+        else:
+            self.skip()
+        done.update(step=step + 1, batch=done["batch"] + 1)
+        return loss.item()
+
+    def update(self, rate: float, norm: float, limit: float) -> None:
+        """One step of the optimiser, with the gradient of this norm clipped to `limit`."""
+        if norm > limit:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, torch.tensor(norm))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.stopping = self.stop.is_set()
-        self.clock, before = time.perf_counter(), self.clock
-        sums = dict(nats=loss.item() * count, symbols=count, seconds=self.clock - before)
-        self.monitor.step(step, rate, norm, steps=1, clipped=norm > limit, **sums)
-        done.update({name: done[name] + more for name, more in sums.items()})
-        done.update(step=step + 1, batch=done["batch"] + 1)
-        return loss.item()
+
+    def skip(self) -> None:
+        """Count a step whose loss or gradient is not finite; LabError after three in a row."""
+        done = self.progress
+        done.update(skipped=done["skipped"] + 1, in_row=done["in_row"] + 1)
+        if done["in_row"] == 3:
+            raise self.diverged("the loss or its gradient was, at three steps in a row,")
+
+    def diverged(self, what: str) -> LabError:
+        return LabError(
+            f"{what} not finite after step {self.progress['step']:,}: train a new run with a smaller --lr or --clip; "
+            f"the last good checkpoint in {self.folder} is kept"
+        )
 
     def train_epoch(self) -> bool:
         """Train on the epoch's batches that are left; False if it was stopped before the last."""
@@ -681,7 +701,7 @@ class Training:
         with tqdm(total=batches, initial=done["batch"], unit="batch", leave=False, disable=None) as bar:
             for batch in self.remaining():
                 nats = self.train_step(batch)
-                speed = done["symbols"] / done["seconds"]
+                speed = done["symbols"] / max(done["seconds"], 1e-9)
                 bar.set_postfix_str(f"{nats:.3f} nats, {speed:,.0f} characters/s", refresh=False)
                 bar.update()
                 due = self.options.save_every and self.clock - saved >= self.options.save_every
@@ -703,13 +723,18 @@ class Training:
         done = self.progress
         self.model.eval()
         valid = evaluate(self.model, self.valid, self.options.device)
+        if not math.isfinite(valid):
+            raise self.diverged("the validation loss is")
         sentences = samples(self.model, self.options.seed + done["epoch"])
         self.monitor.epoch(done["step"] - 1, valid, sentences)  # with the step just done: a resumed run keeps it
+        train = done["nats"] / done["symbols"] if done["symbols"] else math.nan  # all steps skipped
+        speed = done["symbols"] / max(done["seconds"], 1e-9)
         print(
-            f"epoch {done['epoch'] + 1}/{self.options.epochs}: training {done['nats'] / done['symbols']:.3f} nats, "
-            f"validation {valid:.3f} nats = {valid / math.log(2):.3f} bits per character, "
-            f"{done['symbols'] / done['seconds']:,.0f} characters/s"
+            f"epoch {done['epoch'] + 1}/{self.options.epochs}: training {train:.3f} nats, validation {valid:.3f} nats "
+            f"= {valid / math.log(2):.3f} bits per character, {speed:,.0f} characters/s"
         )
+        if done["skipped"]:
+            print(f"  {done['skipped']:,} steps skipped so far: their loss or gradient was not finite")
         for decoder, sentence in sentences.items():
             print(f"  {decoder:8s} {sentence}")
         best_before = done["best"]
@@ -723,8 +748,12 @@ class Training:
     def save(self, name: str, final: bool) -> bool:
         """Save as `name`, after the curves; whether it went well. Only the `final` save of a command has to."""
         self.monitor.flush()
+        checkpoint = self.checkpoint()
+        learned = (checkpoint["weights"], *checkpoint["optimizer"].values())
+        if not all(tensor.isfinite().all() for tensors in learned for tensor in tensors.values()):
+            raise self.diverged("a weight or a moment is")
         try:
-            save(self.folder / name, self.checkpoint())
+            save(self.folder / name, checkpoint)
         except LabError as error:
             if final:
                 raise

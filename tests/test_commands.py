@@ -10,6 +10,7 @@ import torch
 from conftest import CELLS, ROOT, SMALL, command, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import tp5
 from textloader import EOS_IX, PAD_IX, TextDataset, pad_collate_fn, read_text
 from tp5 import load_checkpoint, load_model
 
@@ -204,11 +205,13 @@ def test_corpus_too_small(tmp_path, text):
     assert not (tmp_path / "run").exists()
 
 
-def test_smallest_corpus_trains(tmp_path):
-    (tmp_path / "small.txt").write_text("A. B!", encoding="utf-8")
+@pytest.mark.parametrize("model", CELLS)
+@pytest.mark.parametrize("text", ["A. B!", ". . . . . . . . . . . ."], ids=["two sentences", "one symbol"])
+def test_smallest_corpora_train(tmp_path, trained, model, text):
+    (tmp_path / "small.txt").write_text(text, encoding="utf-8")
     sizes = ("--hidden", 1, "--embedding", 1, "--batch-size", 1, "--epochs", 1, "--clip", 0)
-    result = command("tp5.py", "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *sizes)
-    assert result.returncode == 0, result.stderr
+    output = trained("--model", model, "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *sizes)
+    assert "1 to validate" in output and load_model(tmp_path / "run" / "best.pt")
 
 
 def test_start_outside_the_alphabet(runs):
@@ -225,6 +228,50 @@ def test_diverging_run_stops_with_advice(tmp_path):
     result = command("tp5.py", "--run", tmp_path / "run", *SMALL, "--lr", "1e38", "--clip", "0")
     refused(result, "not finite", "--lr")
     assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 0
+
+
+@pytest.fixture
+def trained(monkeypatch, capsys):
+    """Train in this process: what the command prints."""
+
+    def train(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["tp5.py", *map(str, arguments)])
+        tp5.main()
+        return capsys.readouterr().out
+
+    return train
+
+
+def spoil(monkeypatch, steps, how) -> None:
+    """Make the training loss of these steps (0, 1, …) not finite, or its gradient only."""
+    loss, step = tp5.maskedCrossEntropy, iter(range(10**6))
+
+    def spoiled(output, target, padcar):
+        if torch.is_grad_enabled() and next(step) in steps:
+            if how == "gradient":
+                output.register_hook(lambda gradient: gradient * math.inf)
+            else:
+                output = output * math.nan
+        return loss(output, target, padcar)
+
+    monkeypatch.setattr(tp5, "maskedCrossEntropy", spoiled)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch, trained, how):
+    spoil(monkeypatch, {0, 3, 4, 6, 23}, how)
+    output = trained("--run", tmp_path / "run", *SMALL, "--histograms-every", 1)
+    assert re.findall("([0-9]+) steps skipped so far", output) == ["4", "5"]
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (checkpoint["progress"]["step"], checkpoint["progress"]["skipped"]) == (24, 5)
+    assert checkpoint["optimizer"][0]["step"] == 19
+
+
+def test_three_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, trained):
+    spoil(monkeypatch, {12, 13, 14}, "loss")
+    with pytest.raises(tp5.LabError, match="three steps in a row"):
+        trained("--run", tmp_path / "run", *SMALL)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 12  # the epoch before
 
 
 def test_imports_do_no_work(tmp_path):
