@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -243,13 +244,14 @@ class CharModel(nn.Module):
 
 @torch.no_grad()
 def evaluate(model, loader, device) -> float:
-    """Nats per symbol (EOS included, BLANK excluded) over all batches of `loader`."""
+    """Nats per symbol (EOS included, BLANK excluded) over all batches of `loader`, in every process."""
     nats, symbols = 0.0, 0
     for batch in loader:
         count = int((batch != PAD_IX).sum())
         batch = batch.to(device)
         nats += maskedCrossEntropy(model(batch), batch, PAD_IX).item() * count
         symbols += count
+    nats, symbols = everywhere(nats, symbols)
     return nats / symbols
 
 
@@ -280,6 +282,13 @@ class Monitor:
     """
 
     def __init__(self, folder, options, step: int, interval: dict | None = None):
+        self.writer, self.interval = None, dict(interval or INTERVAL)
+        self.scalars_every, self.histograms_every = options.scalars_every, options.histograms_every
+        if not RANK:
+            self.open(folder, step)
+
+    def open(self, folder, step: int) -> None:
+        """Begin an events file."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
 
         threading.excepthook = lambda failed: None  # the writer's thread also hands its error to our next call
@@ -287,8 +296,6 @@ class Monitor:
             self.writer = SummaryWriter(folder, purge_step=step)
         except OSError as error:
             self.give_up(error)
-        self.scalars_every, self.histograms_every = options.scalars_every, options.histograms_every
-        self.interval = dict(interval or INTERVAL)
 
     def give_up(self, error: OSError) -> None:
         """Say that events cannot be written; training goes on without."""
@@ -360,6 +367,7 @@ FIELDS = {
     "model": dict,
     "weights": dict,
     "corpus": dict,
+    "processes": int,
     "options": dict,
     "optimizer": dict,
     "random": dict,
@@ -392,7 +400,10 @@ def save(path: Path, checkpoint: dict) -> None:
 
 @contextmanager
 def locked(folder: Path):
-    """Keep `folder` to this process; however it ends, the system gives the lock back."""
+    """Keep `folder` to this run; however its process ends, the system gives the lock back."""
+    if RANK:
+        yield
+        return
     try:
         file = open(folder / "lock", "a")  # noqa: SIM115
     except OSError as error:
@@ -556,6 +567,67 @@ def load_model(path) -> CharModel:
     return model.eval()
 
 
+# -------------------------------------------------------------------------------------- processes
+
+# torchrun starts `WORLD` processes that train one model, each on its share of every batch; number 0
+# alone prints and writes. Without torchrun there is one, and torch.distributed is not touched.
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if TORCHRUN else (0, 1)
+
+
+@contextmanager
+def joined(device: str):
+    """Meet torchrun's other processes; LabError if one of them is lost on the way."""
+    if WORLD == 1:
+        yield
+        return
+    from torch import distributed
+
+    if device == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise LabError(f"--nproc-per-node is more than the {torch.cuda.device_count()} CUDA devices here")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=60))
+    try:
+        with redirect_stdout(None) if RANK else nullcontext():
+            yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise  # our own mistake
+        raise LabError(
+            "another process of this run is lost: go on from the last checkpoint with "
+            f"torchrun --nproc-per-node N tp5.py --resume ({str(error).splitlines()[0]})"
+        ) from None
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads outlive that call, and now and then abort the interpreter's own end
+
+
+def everywhere(*numbers: float) -> tuple[float, ...]:
+    """Each number's sum over all processes."""
+    if WORLD == 1:
+        return numbers
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(sums)
+    return tuple(sums.tolist())
+
+
+def share(loader, start: int = 0) -> DataLoader:
+    """This process's part of the loader's batches from number `start` on; those before are not even loaded.
+
+    A batch is sorted by length, so that every `WORLD`-th sentence makes parts of equal work. A part
+    without a sentence, of a last batch of few, is a BLANK: nothing to learn from, nothing to count.
+    """
+    parts = [batch[RANK::WORLD] for batch in list(loader.batch_sampler)[start:]]
+    own = torch.Generator()  # DataLoader draws from it, and not from the state that checkpoints hold
+
+    def collate(samples):
+        return pad_collate_fn(samples) if samples else torch.full((1, 1), PAD_IX)
+
+    return DataLoader(loader.dataset, batch_sampler=parts, collate_fn=collate, generator=own)
+
+
 # --------------------------------------------------------------------------------------- training
 
 
@@ -610,6 +682,7 @@ class Training:
         self.model = CharModel(**configuration(options)).to(options.device)
         self.train, self.valid = batches(train, options, True), batches(valid, options, False)
         self.steps = options.epochs * len(self.train)
+        self.parallel = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, fused=True)
         self.progress, self.interval = dict(START), None
 
@@ -624,6 +697,7 @@ class Training:
             "model": configuration(self.options),
             "weights": dict(self.model.state_dict()),
             "corpus": self.corpus,
+            "processes": WORLD,
             "options": {name: value for name, value in vars(self.options).items() if name not in NOT_SAVED},
             "optimizer": self.optimizer.state_dict()["state"],
             "random": random,
@@ -652,15 +726,17 @@ class Training:
         record = self.monitor.wants_histograms(step)
         self.optimizer.zero_grad()
         with watch(self.model.rnn) if record else nullcontext() as states:
-            loss = maskedCrossEntropy(self.model(batch), batch, PAD_IX)
-        loss.backward()
-        self.stopping = self.stop.is_set()
+            loss = maskedCrossEntropy(self.parallel(batch), batch, PAD_IX)
+        # In every process alike: the whole batch's loss and symbols, and whether anybody was asked to stop.
+        nats, total, stops = everywhere(loss.item() * symbols, symbols, self.stop.is_set())
+        self.stopping = stops > 0
+        (loss * (symbols * WORLD / total)).backward()  # averaged over processes: the gradient of nats / total
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf).item()  # before clipping
-        finite = math.isfinite(loss.item()) and math.isfinite(norm)
+        finite = math.isfinite(nats) and math.isfinite(norm)
         if record and finite:
             self.monitor.histograms(self.model, states, batch != PAD_IX, step)
         self.clock, before = time.perf_counter(), self.clock
-        sums = dict(nats=loss.item() * symbols, symbols=symbols, seconds=self.clock - before)
+        sums = dict(nats=nats, symbols=int(total), seconds=self.clock - before)
         if finite:
             rate, limit = self.options.lr * cosine(step, self.steps), self.options.clip or math.inf
             self.update(rate, norm, limit)
@@ -669,7 +745,7 @@ class Training:
         else:
             self.skip()
         done.update(step=step + 1, batch=done["batch"] + 1)
-        return loss.item()
+        return nats / total
 
     def update(self, rate: float, norm: float, limit: float) -> None:
         """One step of the optimiser, with the gradient of this norm clipped to `limit`."""
@@ -698,8 +774,8 @@ class Training:
         self.model.train()
         self.train.batch_sampler.set_epoch(done["epoch"])
         self.clock = saved = time.perf_counter()
-        with tqdm(total=batches, initial=done["batch"], unit="batch", leave=False, disable=None) as bar:
-            for batch in self.remaining():
+        with tqdm(total=batches, initial=done["batch"], unit="batch", leave=False, disable=RANK > 0 or None) as bar:
+            for batch in share(self.train, done["batch"]):
                 nats = self.train_step(batch)
                 speed = done["symbols"] / max(done["seconds"], 1e-9)
                 bar.set_postfix_str(f"{nats:.3f} nats, {speed:,.0f} characters/s", refresh=False)
@@ -712,20 +788,14 @@ class Training:
                     break
         return done["batch"] == batches
 
-    def remaining(self):
-        """The epoch's batches that are left; those before are not even loaded."""
-        indices = list(self.train.batch_sampler)[self.progress["batch"] :]
-        own = torch.Generator()  # DataLoader draws from it, and not from the state that checkpoints hold
-        return DataLoader(self.train.dataset, batch_sampler=indices, collate_fn=pad_collate_fn, generator=own)
-
     def end_epoch(self) -> None:
         """Validate, show samples, and save: `best.pt` where it is the best so far, always `last.pt`."""
         done = self.progress
         self.model.eval()
-        valid = evaluate(self.model, self.valid, self.options.device)
+        valid = evaluate(self.model, share(self.valid), self.options.device)
         if not math.isfinite(valid):
             raise self.diverged("the validation loss is")
-        sentences = samples(self.model, self.options.seed + done["epoch"])
+        sentences = {} if RANK else samples(self.model, self.options.seed + done["epoch"])
         self.monitor.epoch(done["step"] - 1, valid, sentences)  # with the step just done: a resumed run keeps it
         train = done["nats"] / done["symbols"] if done["symbols"] else math.nan  # all steps skipped
         speed = done["symbols"] / max(done["seconds"], 1e-9)
@@ -747,6 +817,8 @@ class Training:
 
     def save(self, name: str, final: bool) -> bool:
         """Save as `name`, after the curves; whether it went well. Only the `final` save of a command has to."""
+        if RANK:
+            return True
         self.monitor.flush()
         checkpoint = self.checkpoint()
         learned = (checkpoint["weights"], *checkpoint["optimizer"].values())
@@ -785,7 +857,7 @@ def command_parser() -> Parser:
     add("--model", choices=CELLS, default="lstm", help="the recurrent cell")
     add("--data", default=str(CORPUS), metavar="PATH", help="a UTF-8 text file")
     add("--epochs", type=number(int, 1), default=5, metavar="N", help="passes over the training sentences")
-    add("--batch-size", type=number(int, 1), default=BATCH_SIZE, metavar="B", help="sentences in a batch")
+    add("--batch-size", type=number(int, 1), default=BATCH_SIZE, metavar="B", help="sentences in a process's batch")
     add("--embedding", type=number(int, 1), default=128, metavar="E", help="size of a symbol's embedding")
     add("--hidden", type=number(int, 1), default=256, metavar="H", help="size of the hidden state")
     add("--lr", type=number(float, 0, above=True), default=5e-3, metavar="RATE", help="peak learning rate")
@@ -898,10 +970,11 @@ def train(training: Training) -> None:
 
 def begin(options) -> None:
     """Train a new run."""
+    options.batch_size *= WORLD
     corpus = load_corpus(options)
-    folder = new_folder(options)
+    folder = Path() if RANK else new_folder(options)
     with locked(folder):
-        if (folder / "last.pt").exists():
+        if not RANK and (folder / "last.pt").exists():
             raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
         train(Training(options, folder, *corpus))
 
@@ -921,15 +994,18 @@ def resume(options) -> None:
         training = Training(options, folder, *load_corpus(options))
         training.restore(checkpoint, last)
         print(f"going on after step {training.progress['step']:,}")
+        if checkpoint["processes"] != WORLD:
+            print(f"{WORLD} process(es) instead of {checkpoint['processes']}: the same batches, equal but for rounding")
         train(training)
 
 
 def main() -> None:
     options = parse_options()
-    if options.resume:
-        resume(options)
-    else:
-        begin(options)
+    with joined(options.device):
+        if options.resume:
+            resume(options)
+        else:
+            begin(options)
 
 
 if __name__ == "__main__":

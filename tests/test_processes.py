@@ -1,4 +1,4 @@
-"""Runs that meet a full disk, a lost folder, a signal, or one another."""
+"""Runs that meet a full disk, a lost folder, a signal, one another; and runs of many processes."""
 
 import os
 import shutil
@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, command, ended, refused, start
 
 import tp5
@@ -51,7 +52,9 @@ def test_second_process_is_refused_and_sigterm_saves(tmp_path):
 
 
 @posix
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, -signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_second_signal_stops_at_once(tmp_path, number, code):
     folder = tmp_path / "run"
     process = start("tp5.py", "--run", folder, "--hidden", "1024", "--batch-size", "512")  # steps of seconds
@@ -113,6 +116,7 @@ def test_no_room_at_all(tmp_path):
     refused(limited(10_000, "--run", tmp_path / "run", *LONG), "cannot write", "last.pt", "File too large")
 
 
+@pytest.mark.slow
 @posix
 def test_no_room_for_the_curves(tmp_path):
     """The events stop with one warning, the run does not."""
@@ -122,6 +126,7 @@ def test_no_room_for_the_curves(tmp_path):
     assert tp5.load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["epoch"] == 2
 
 
+@pytest.mark.slow
 @posix
 def test_folder_removed(tmp_path):
     folder = tmp_path / "run"
@@ -185,3 +190,99 @@ def test_full_disk_and_room_again(small_disk):
 
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     refused(command("tp5.py", "--resume", folder), "cannot write in", "Read-only")
+
+
+def torchrun(*arguments, processes: int = 2) -> subprocess.Popen:
+    """Start tp5.py in many processes."""
+    code = "import sys; from torch.distributed.run import main; sys.argv[0] = 'torchrun'; main()"
+    arguments = [f"--nproc-per-node={processes}", "--", str(ROOT / "tp5.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=pipe, stderr=pipe, encoding="utf-8", env=environment
+    )
+
+
+def test_two_processes_train_the_model_of_one(tmp_path):
+    """The same batches, each split in two: equal but for rounding, and everything written and printed once."""
+    sizes = (*SMALL, "--model", "gru", "--batch-size")
+    together = ended(torchrun("--run", tmp_path / "two", *sizes, 7))
+    alone = command("tp5.py", "--run", tmp_path / "one", *sizes, 14)  # 360 = 25 · 14 + 10, 40 = 2 · 14 + 12
+    assert together.returncode == alone.returncode == 0, together.stderr
+    two, one = (tp5.load_checkpoint(tmp_path / name / "last.pt") for name in ("two", "one"))
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["options"] == one["options"]
+    for name in ("epoch", "step", "symbols"):
+        assert two["progress"][name] == one["progress"][name]
+    assert two["progress"]["best"] == pytest.approx(one["progress"]["best"], rel=1e-5)
+    for name, weight in one["weights"].items():
+        assert torch.allclose(two["weights"][name], weight, rtol=1e-3, atol=1e-4), name
+    lines = together.stdout.splitlines()
+    assert len(lines) == len(alone.stdout.splitlines()) == len(set(lines))
+    assert sorted(path.suffix for path in (tmp_path / "two").iterdir() if path.suffix in (".pt", ".tmp")) == [".pt"] * 2
+    assert len(list((tmp_path / "two").glob("events*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_last_batch_smaller_than_the_processes(tmp_path):
+    (tmp_path / "small.txt").write_text("A b c. D! E?", encoding="utf-8")  # two to train on, one to validate
+    sizes = ("--data", tmp_path / "small.txt", "--hidden", "2", "--epochs", "2", "--batch-size")
+    together = ended(torchrun("--run", tmp_path / "three", *sizes, 1, processes=3))
+    alone = command("tp5.py", "--run", tmp_path / "one", *sizes, 3)
+    assert together.returncode == alone.returncode == 0, together.stderr
+    three, one = (tp5.load_checkpoint(tmp_path / name / "last.pt") for name in ("three", "one"))
+    assert three["progress"]["best"] == pytest.approx(one["progress"]["best"], rel=1e-5)
+
+
+def children(process: subprocess.Popen) -> dict[int, int]:
+    """torchrun's processes: rank → process id."""
+    found = {}
+    with open(f"/proc/{process.pid}/task/{process.pid}/children", encoding="ascii") as file:
+        for child in file.read().split():
+            with open(f"/proc/{child}/environ", "rb") as environment:
+                ranks = [entry[5:] for entry in environment.read().split(b"\0") if entry.startswith(b"RANK=")]
+            found |= {int(rank): int(child) for rank in ranks}
+    return found
+
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lost_process_ends_the_job_and_any_number_resumes(tmp_path, rank):
+    folder = tmp_path / "run"
+    process = torchrun("--run", folder, *LONG, "--save-every", "0.2")
+    saved_again(folder, process)
+    saved_again(folder, process)
+    os.kill(children(process)[rank], signal.SIGKILL)
+    start_ = time.monotonic()
+    result = ended(process)
+    assert result.returncode != 0 and time.monotonic() - start_ < 60
+    assert "tp5.py: another process of this run is lost" in result.stderr and "--resume" in result.stderr
+    assert "Stopped and saved" not in result.stdout
+
+    alone = start("tp5.py", "--resume", folder, "--save-every", "0.2")
+    saved_again(folder, alone)
+    alone.send_signal(signal.SIGTERM)
+    result = ended(alone)
+    assert result.returncode == 0 and "1 process(es) instead of 2" in result.stdout
+
+    together = torchrun("--resume", folder, "--save-every", "0.2")
+    saved_again(folder, together)
+    together.send_signal(signal.SIGTERM)  # torchrun hands it on
+    result = ended(together)
+    assert "2 process(es) instead of 1" in result.stdout and "Stopped and saved" in result.stdout
+    assert tp5.load_checkpoint(folder / "last.pt")["processes"] == 2
+
+
+def test_without_torchrun_torch_distributed_is_not_touched(tmp_path, monkeypatch):
+    def touched(*_, **__):
+        raise AssertionError
+
+    for name in ("init_process_group", "all_reduce", "get_backend"):
+        monkeypatch.setattr(torch.distributed, name, touched)
+    monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, "__init__", touched)
+    monkeypatch.setattr(sys, "argv", ["tp5.py", "--run", str(tmp_path / "run"), *LONG[:-1], "1"])
+    tp5.main()
