@@ -212,13 +212,13 @@ def padding_share(batches) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """`ArgumentParser` that shows defaults in its help and reports a mistake in one line."""
+    """`ArgumentParser` that shows defaults in its help; a mistake is a LabError."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+        raise LabError(message)
 
 
 def number(kind, low, high=float("inf"), *, above=False):
@@ -250,7 +250,8 @@ def run_main(main) -> None:
     try:
         main()
     except LabError as error:
-        sys.exit(Parser().error(error))
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:  # `| head` has read enough
         sys.stderr.close()
     except KeyboardInterrupt:

@@ -7,14 +7,21 @@ Shapes: T length, B batch, E embedding, H hidden, V symbols (97), G gates. Time 
 Losses and log-probabilities are in nats.
 """
 
+import argparse
 import ctypes
+import functools
 import hashlib
+import io
 import math
 import os
+import pickletools
 import signal
+import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext, suppress
+import zipfile
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,7 +29,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, random_split
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from generate import RUNS, generate, generate_beam
@@ -38,6 +44,7 @@ from textloader import (
     Parser,
     TextDataset,
     number,
+    one_line,
     pad_collate_fn,
     read_text,
     run_main,
@@ -365,39 +372,69 @@ class CharModel(nn.Module):
 
 @torch.no_grad()
 def evaluate(model, loader, device) -> float:
-    """Nats per symbol (EOS included, BLANK excluded) over all batches of `loader`."""
+    """Nats per symbol (EOS included, BLANK excluded) over all batches of `loader`, in every process."""
     nats, symbols = 0.0, 0
     for batch in loader:
         count = int((batch != PAD_IX).sum())
         batch = batch.to(device)
         nats += maskedCrossEntropy(model(batch), batch, PAD_IX).item() * count
         symbols += count
+    nats, symbols = everywhere(nats, symbols)
     return nats / symbols
 
 
 # ------------------------------------------------------------------------------------- monitoring
 
 
+def while_writable(method):
+    """A method of Monitor that does nothing once events cannot be written."""
+
+    @functools.wraps(method)
+    def call(self, *arguments, **named):
+        try:
+            return method(self, *arguments, **named) if self.writer else None
+        except OSError as error:
+            self.give_up(error)
+
+    return call
+
+
+INTERVAL = dict(steps=0, symbols=0, clipped=0, nats=0.0, seconds=0.0)  # sums since scalars were last written
+
+
 class Monitor:
     """Question 5: what TensorBoard shows of a run.
 
-    `scalars_every` and `histograms_every` count training steps; 0 turns either off.
+    `scalars_every` and `histograms_every` count training steps; 0 turns either off. What an
+    interrupted run wrote at `step` or later is struck out; `interval` is its interval under way.
     """
 
-    def __init__(self, folder, options, step: int):
-        self.writer = SummaryWriter(folder, purge_step=step)
+    def __init__(self, folder, options, step: int, interval: dict | None = None):
+        self.writer, self.interval = None, dict(interval or INTERVAL)
         self.scalars_every, self.histograms_every = options.scalars_every, options.histograms_every
-        self.restart()
+        if not RANK:
+            self.open(folder, step)
 
-    def restart(self) -> None:
-        """Begin a new interval of running means."""
-        self.steps = self.symbols = self.clipped = 0
-        self.nats, self.since = 0.0, time.perf_counter()
+    def open(self, folder, step: int) -> None:
+        """Begin an events file."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
+
+        threading.excepthook = lambda failed: None  # the writer's thread also hands its error to our next call
+        try:
+            self.writer = SummaryWriter(folder, purge_step=step)
+        except OSError as error:
+            self.give_up(error)
+
+    def give_up(self, error: OSError) -> None:
+        """Say that events cannot be written; training goes on without."""
+        self.writer = None
+        warn(f"cannot write TensorBoard's events: {error.strerror}; the curves end here, training goes on")
 
     def wants_histograms(self, step: int) -> bool:
         """Whether gates and gradients of this step are recorded."""
-        return self.histograms_every > 0 and step % self.histograms_every == 0
+        return bool(self.writer) and self.histograms_every > 0 and step % self.histograms_every == 0
 
+    @while_writable
     def histograms(self, model, states, real, step: int) -> None:
         """Every parameter, its gradient, and every gate and state where `real` (T, B) is true."""
         for name, parameter in model.named_parameters():
@@ -407,31 +444,34 @@ class Monitor:
             values = torch.stack(values)[real].cpu()  # (real symbols, H)
             self.writer.add_histogram(f"gates/{model.cell}/{name}", values, step, bins=64)
 
-    def step(self, step: int, nats: float, symbols: int, norm: float, clipped: bool, rate: float) -> None:
+    @while_writable
+    def step(self, step: int, rate: float, norm: float, **sums) -> None:
         """Account for one training step; every `scalars_every` steps, write the interval's means."""
-        self.steps, self.symbols, self.clipped = (
-            self.steps + 1,
-            self.symbols + symbols,
-            self.clipped + clipped,
-        )
-        self.nats += nats * symbols
+        total = self.interval = {name: self.interval[name] + sums[name] for name in self.interval}
         if self.scalars_every and step % self.scalars_every == 0:
-            self.writer.add_scalar("loss/train", self.nats / self.symbols, step)
+            self.writer.add_scalar("loss/train", total["nats"] / total["symbols"], step)
             self.writer.add_scalar("gradient/norm_before_clipping", norm, step)
-            self.writer.add_scalar("gradient/clipped_share", self.clipped / self.steps, step)
+            self.writer.add_scalar("gradient/clipped_share", total["clipped"] / total["steps"], step)
             self.writer.add_scalar("training/learning_rate", rate, step)
-            seconds = time.perf_counter() - self.since
-            self.writer.add_scalar("training/characters_per_second", self.symbols / seconds, step)
-            self.restart()
+            self.writer.add_scalar("training/characters_per_second", total["symbols"] / total["seconds"], step)
+            self.interval = dict(INTERVAL)
 
+    @while_writable
     def epoch(self, step: int, valid: float, samples: dict[str, str]) -> None:
         """The validation loss and the sentences of an epoch."""
         self.writer.add_scalar("loss/validation", valid, step)
         self.writer.add_scalar("loss/validation_bits_per_character", valid / math.log(2), step)
         for decoder, text in samples.items():
             self.writer.add_text(f"samples/{decoder}", text.replace("<", "&lt;"), step)
+
+    @while_writable
+    def flush(self) -> None:
+        """Have everything on disk."""
         self.writer.flush()
-        self.restart()  # evaluation is not training time
+
+    @while_writable
+    def close(self) -> None:
+        self.writer.close()
 
 
 def samples(model, seed: int) -> dict[str, str]:
@@ -448,72 +488,272 @@ def samples(model, seed: int) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------ checkpoints
 
-FORMAT = 1
+FORMAT = 2
 FIELDS = {
     "format": int,
     "alphabet": str,
     "model": dict,
     "weights": dict,
     "corpus": dict,
+    "processes": int,
     "options": dict,
     "optimizer": dict,
-    "scheduler": dict,
-    "random": torch.Tensor,
+    "random": dict,
     "progress": dict,
+    "interval": dict,
 }
+# All that the pickle in a checkpoint may name.
+GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch ByteStorage"}
 
 
 def save(path: Path, checkpoint: dict) -> None:
     """Write beside, flush to disk, rename: the file is the old one or the new one, never a half."""
-    beside = path.with_suffix(".tmp")
+    beside, content = path.with_suffix(".tmp"), io.BytesIO()
+    torch.save(checkpoint, content)
     try:
         with open(beside, "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        if os.name == "posix":  # the new name is in the folder, which has to reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
+        with suppress(OSError):
+            beside.unlink()  # a half takes room and is of no use
         raise LabError(f"cannot write {path}: {error.strerror}; the last good one is kept") from None
 
 
-def load_checkpoint(path) -> dict:
-    """Read a checkpoint without running anything in it; LabError if it is not one of ours."""
+@contextmanager
+def locked(folder: Path):
+    """Keep `folder` to this run; however its process ends, the system gives the lock back."""
+    if RANK:
+        yield
+        return
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        file = open(folder / "lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise LabError(f"cannot write in {folder}: {error.strerror}") from None
+    with file:
+        try:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise LabError(f"{folder} is locked, another process trains this run ({error.strerror})") from None
+        yield
+
+
+def warn(message: str) -> None:
+    """One line on standard error."""
+    print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+def configuration(options) -> dict:
+    """The model that a command line asks for, as CharModel's arguments."""
+    return dict(cell=options.model, embedding_size=options.embedding, hidden_size=options.hidden)
+
+
+def records(file) -> io.BytesIO:
+    """The archive in `file` made anew from its records, each checked: torch reads this copy and nothing else.
+
+    Raises LabError or whatever zipfile and pickletools raise on a damaged or foreign file. A record
+    cannot inflate, so that a small file stays small; its pickle names nothing but tensors' parts.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as clean:
+        found = archive.infolist()
+        stored = all(record.compress_type == zipfile.ZIP_STORED for record in found)
+        if not stored or sum(record.file_size for record in found) > os.fstat(file.fileno()).st_size:
+            raise LabError("its records claim more than the file holds")
+        for record in found:
+            content = archive.read(record)  # raises BadZipFile unless its CRC is right
+            if record.filename.endswith(".pkl"):
+                named = {what for opcode, what, _ in pickletools.genops(content) if "GLOBAL" in opcode.name}
+                if not named <= GLOBALS:
+                    raise LabError(f"it names {min(named - GLOBALS, key=str)}, which no checkpoint needs")
+            clean.writestr(record.filename, content)
+    copy.seek(0)
+    return copy
+
+
+def load_checkpoint(path) -> dict:
+    """Read a checkpoint without running anything in it; LabError if it is not a sound one of ours."""
+    try:
+        with open(path, "rb") as file:
+            checkpoint = torch.load(records(file), map_location="cpu", weights_only=True)
+            check(checkpoint, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise LabError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # whatever a foreign or damaged file makes the reader raise
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+    except Exception as error:  # whatever a foreign or damaged file makes zipfile, pickletools, torch or `check` raise
+        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise LabError(f"{path} is not a checkpoint of this lab, or is damaged: {reason}") from None
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise LabError(f"{path} is not a checkpoint of this lab")
-    if checkpoint["format"] != FORMAT:
-        raise LabError(f"{path} has format {checkpoint['format']}, this program reads {FORMAT}: train again")
-    for field, kind in FIELDS.items():
-        if not isinstance(checkpoint.get(field), kind):
-            raise LabError(f"{path} is damaged: its field {field!r} is missing or of a wrong kind")
-    if checkpoint["alphabet"] != LETTRES:
-        raise LabError(f"{path} was trained on another alphabet: its symbols would not be ours")
     return checkpoint
 
 
-def restore_model(checkpoint: dict, path) -> CharModel:
-    """The checkpoint's model, on the CPU; LabError if sizes and weights do not fit."""
-    try:
-        cell, *sizes = (checkpoint["model"][name] for name in ("cell", "embedding_size", "hidden_size"))
-        weights = checkpoint["weights"]
-        if list(weights["emb.weight"].shape) != [SYMBOLS, sizes[0]] or weights["decoder.weight"].shape[1] != sizes[1]:
-            raise ValueError
-        model = CharModel(cell, *sizes)
-        model.load_state_dict(weights)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError):
-        raise LabError(f"{path} is damaged: its weights do not fit its model") from None
-    return model
+def kinds(values: dict) -> dict:
+    """The type of each value; True is no 1 and 1 is no 1.0."""
+    return {name: type(value) for name, value in values.items()}
+
+
+def check(checkpoint, size: int) -> None:
+    """Raise unless every field is as a run of this program saves it, in a file of `size` bytes."""
+    if type(checkpoint) is not dict or type(checkpoint.get("format")) is not int:
+        raise LabError("it holds something else")
+    if checkpoint["format"] != FORMAT:
+        raise LabError(f"format {checkpoint['format']}, this program reads {FORMAT}: train again")
+    if kinds(checkpoint) != FIELDS:
+        raise LabError("a field is missing, unknown or of a wrong kind")
+    if checkpoint["alphabet"] != LETTRES:
+        raise LabError("it was trained on another alphabet, its symbols are not ours")
+    for field in ("model", "corpus", "options", "progress", "interval"):
+        if not {str, int, float, bool, type(None)}.issuperset(kinds(checkpoint[field]).values()):
+            raise LabError(f"its {field} has more than text and numbers")
+    options = checked_options(checkpoint["options"])
+    model = configuration(options)
+    if checkpoint["model"] != model or kinds(checkpoint["model"]) != kinds(model):
+        raise LabError("its model is not the one of its options")
+    if kinds(checkpoint["corpus"]) != {"name": str, "sha256": str}:
+        raise LabError("its corpus is not described")
+    check_numbers(checkpoint, options)
+    check_tensors(checkpoint, size)
+
+
+def checked_options(saved: dict) -> argparse.Namespace:
+    """A checkpoint's options, through the command line's own checks."""
+    arguments = []
+    for name, value in saved.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is not None and value is not False:
+            arguments.append(option if value is True else f"{option}={value}")
+    options = command_parser().parse_args(arguments)
+    parsed = {name: value for name, value in vars(options).items() if name not in NOT_SAVED}
+    if parsed != saved or kinds(parsed) != kinds(saved):
+        raise LabError("its options are not those of this program")
+    return options
+
+
+def check_numbers(checkpoint: dict, options) -> None:
+    """Raise unless progress and interval are as START and INTERVAL, not below 0, and within the run."""
+    for name, like in (("progress", START), ("interval", INTERVAL)):
+        numbers = checkpoint[name]
+        if kinds(numbers) != kinds(like):
+            raise LabError(f"its {name} is not that of this program")
+        if not all(number >= 0 for number in numbers.values()):  # NaN is not either
+            raise LabError(f"its {name} has a number below 0 or none at all")
+    progress = checkpoint["progress"]
+    if progress["epoch"] > options.epochs or progress["batch"] > progress["step"]:
+        raise LabError("its progress is beyond its end")
+
+
+def check_tensors(checkpoint: dict, size: int) -> None:
+    """Raise unless weights, moments and random states have the model's shapes and the file's `size`."""
+    weights, moments, random = checkpoint["weights"], checkpoint["optimizer"], checkpoint["random"]
+    tensors = [*weights.values(), *random.values(), *(t for parts in moments.values() for t in parts.values())]
+    if any(type(t) is not torch.Tensor or t.device.type != "cpu" for t in tensors):
+        raise LabError("something stands in place of a tensor")
+    if sum(t.numel() * t.element_size() for t in tensors) > size:
+        raise LabError("its tensors claim more than the file holds")
+    with torch.device("meta"):  # shapes without memory: the sizes may be lies
+        model = CharModel(**checkpoint["model"])
+    check_shapes(weights, {name: value.shape for name, value in model.state_dict().items()}, "weights")
+    steps = checkpoint["progress"]["step"] - checkpoint["progress"]["skipped"]  # that the optimiser made
+    parameters = dict(enumerate(model.parameters())) if steps else {}
+    if moments.keys() != parameters.keys():
+        raise LabError("its optimiser is not that of its model")
+    for i, parameter in parameters.items():
+        shapes = dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape)
+        check_shapes(moments[i], shapes, "optimiser's moments")
+        if moments[i]["step"] != steps or moments[i]["exp_avg_sq"].min() < 0:
+            raise LabError("its optimiser's moments are out of range")
+    if not {"cpu"} <= random.keys() <= {"cpu", "cuda"}:
+        raise LabError("its random states are not those of this program")
+    torch.Generator().set_state(random["cpu"])  # raises if it is none
+
+
+def check_shapes(tensors: dict, shapes: dict, what: str) -> None:
+    """Raise unless `tensors` are finite float32 of these shapes, by name."""
+    if {name: t.shape for name, t in tensors.items()} != shapes:
+        raise LabError(f"its {what} do not fit its model")
+    if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
+        raise LabError(f"its {what} are not finite numbers of 32 bits")
 
 
 def load_model(path) -> CharModel:
     """A trained model, ready to write; LabError if `path` is not a checkpoint of this lab."""
-    return restore_model(load_checkpoint(path), path).eval()
+    checkpoint = load_checkpoint(path)
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        model = CharModel(**checkpoint["model"])
+    model.load_state_dict(checkpoint["weights"], assign=True)
+    return model.eval()
+
+
+# -------------------------------------------------------------------------------------- processes
+
+# torchrun starts `WORLD` processes that train one model, each on its share of every batch; number 0
+# alone prints and writes. Without torchrun there is one, and torch.distributed is not touched.
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
+RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if TORCHRUN else (0, 1)
+
+
+@contextmanager
+def joined(device: str):
+    """Meet torchrun's other processes; LabError if one of them is lost on the way."""
+    if WORLD == 1:
+        yield
+        return
+    from torch import distributed
+
+    if device == "cuda":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise LabError(f"--nproc-per-node is more than the {torch.cuda.device_count()} CUDA devices here")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=60))
+    try:
+        with redirect_stdout(None) if RANK else nullcontext():
+            yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise  # our own mistake
+        raise LabError(
+            "another process of this run is lost: go on from the last checkpoint with "
+            f"torchrun --nproc-per-node N tp5.py --resume ({str(error).splitlines()[0]})"
+        ) from None
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads outlive that call, and now and then abort the interpreter's own end
+
+
+def everywhere(*numbers: float) -> tuple[float, ...]:
+    """Each number's sum over all processes."""
+    if WORLD == 1:
+        return numbers
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(sums)
+    return tuple(sums.tolist())
+
+
+def share(loader, start: int = 0) -> DataLoader:
+    """This process's part of the loader's batches from number `start` on; those before are not even loaded.
+
+    A batch is sorted by length, so that every `WORLD`-th sentence makes parts of equal work. A part
+    without a sentence, of a last batch of few, is a BLANK: nothing to learn from, nothing to count.
+    """
+    parts = [batch[RANK::WORLD] for batch in list(loader.batch_sampler)[start:]]
+    own = torch.Generator()  # DataLoader draws from it, and not from the state that checkpoints hold
+
+    def collate(samples):
+        return pad_collate_fn(samples) if samples else torch.full((1, 1), PAD_IX)
+
+    return DataLoader(loader.dataset, batch_sampler=parts, collate_fn=collate, generator=own)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -556,6 +796,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
 def cosine(step: int, steps: int) -> float:
     """Factor on the learning rate: linear warm-up over 5 % of the steps, then half a cosine to 0."""
     warmup = max(1, steps // 20)
@@ -564,149 +811,208 @@ def cosine(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
+# `batch` of `epoch` comes next; nats, symbols and seconds are the epoch's sums so far; steps skipped
+# since the start, and the last ones in a row.
+START = dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, seconds=0.0, best=math.inf, skipped=0, in_row=0)
+
+
 class Training:
     """A run: model, optimiser, schedule and progress; all that a checkpoint holds."""
 
     def __init__(self, options, folder: Path, train, valid, corpus: dict):
         self.options, self.folder, self.corpus = options, folder, corpus
+        keep_freed_memory()
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.bf16 = options.precision == "bf16" and has_bfloat16(options.device)
+        if self.bf16 != (options.precision == "bf16"):
+            print("--precision bf16: this machine has no fast bfloat16, training goes on in float32")
         torch.manual_seed(options.seed)
-        self.model = CharModel(options.model, options.embedding, options.hidden).to(options.device)
+        self.model = CharModel(**configuration(options)).to(options.device)
         self.train, self.valid = batches(train, options, True), batches(valid, options, False)
         self.steps = options.epochs * len(self.train)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: cosine(step, self.steps))
-        # `batch` of `epoch` comes next; nats and symbols are the epoch's sums so far.
-        self.progress = dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, best=math.inf, seconds=0.0)
+        self.parallel = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
+        # A short memory of squared gradients: over few epochs, ahead of Adam's usual 0.999.
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95), fused=True)
+        self.progress, self.interval = dict(START), None
 
     def checkpoint(self) -> dict:
-        """Everything needed to go on, as tensors and plain values."""
-        options = self.options
+        """Everything needed to go on to the bit, as tensors and plain values."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.options.device == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
         return {
             "format": FORMAT,
             "alphabet": LETTRES,
-            "model": dict(cell=options.model, embedding_size=options.embedding, hidden_size=options.hidden),
-            "weights": self.model.state_dict(),
+            "model": configuration(self.options),
+            "weights": dict(self.model.state_dict()),
             "corpus": self.corpus,
-            "options": {name: value for name, value in vars(options).items() if name not in NOT_SAVED},
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "random": torch.get_rng_state(),
+            "processes": WORLD,
+            "options": {name: value for name, value in vars(self.options).items() if name not in NOT_SAVED},
+            "optimizer": self.optimizer.state_dict()["state"],
+            "random": random,
             "progress": dict(self.progress),
+            "interval": dict(self.monitor.interval),
         }
 
     def restore(self, checkpoint: dict, path) -> None:
         """Take up the run where the checkpoint left it."""
         if checkpoint["corpus"] != self.corpus:
             raise LabError(f"{self.options.data} is not the corpus that {path} was trained on")
-        restore_model(checkpoint, path)  # says what is wrong before anything is changed
-        try:
-            self.model.load_state_dict(checkpoint["weights"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-            torch.set_rng_state(checkpoint["random"])
-            self.progress = {name: checkpoint["progress"][name] for name in self.progress}
-        except (KeyError, ValueError, TypeError, RuntimeError):
-            raise LabError(f"{path} is damaged: its training state does not fit its model") from None
+        done = checkpoint["progress"]
+        if done["batch"] >= len(self.train) or done["step"] != done["epoch"] * len(self.train) + done["batch"]:
+            raise LabError(f"{path} is damaged: its progress does not fit its corpus")
+        self.progress, self.interval = dict(done), checkpoint["interval"]
+        self.model.load_state_dict(checkpoint["weights"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint["optimizer"]})
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if self.options.device == "cuda" and "cuda" in checkpoint["random"]:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
 
-    def train_step(self, batch, monitor: Monitor) -> float:
+    def train_step(self, batch) -> float:
         """One batch (T, B): forward, backward, clip, step. Returns its loss in nats per symbol."""
-        step, symbols = self.progress["step"], int((batch != PAD_IX).sum())
+        done, step, symbols = self.progress, self.progress["step"], int((batch != PAD_IX).sum())
         batch = batch.to(self.options.device)
-        record = monitor.wants_histograms(step)
+        record = self.monitor.wants_histograms(step)
         self.optimizer.zero_grad()
         with watch(self.model.rnn) if record else nullcontext() as states:
-            loss = maskedCrossEntropy(self.model(batch), batch, PAD_IX)
-        loss.backward()
-        if record:
-            monitor.histograms(self.model, states, batch != PAD_IX, step)
-        limit = self.options.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        nats = loss.item()
-        if not math.isfinite(nats) or not math.isfinite(norm):
-            raise LabError(
-                f"the loss or its gradient is not finite at step {step}: try a smaller --lr or --clip; "
-                f"the last good checkpoint in {self.folder} is kept"
-            )
-        self.optimizer.step()
-        rate = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
-        monitor.step(step, nats, symbols, norm, norm > limit, rate)
-        done = self.progress
-        done["step"], done["batch"] = step + 1, done["batch"] + 1
-        done["nats"], done["symbols"] = done["nats"] + nats * symbols, done["symbols"] + symbols
-        return nats
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.bf16):
+                output = self.parallel(batch)
+            loss = maskedCrossEntropy(output, batch, PAD_IX)
+        # In every process alike: the whole batch's loss and symbols, and whether anybody was asked to stop.
+        nats, total, stops = everywhere(loss.item() * symbols, symbols, self.stop.is_set())
+        self.stopping = stops > 0
+        (loss * (symbols * WORLD / total)).backward()  # averaged over processes: the gradient of nats / total
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf).item()  # before clipping
+        finite = math.isfinite(nats) and math.isfinite(norm)
+        if record and finite:
+            self.monitor.histograms(self.model, states, batch != PAD_IX, step)
+        self.clock, before = time.perf_counter(), self.clock
+        sums = dict(nats=nats, symbols=int(total), seconds=self.clock - before)
+        if finite:
+            rate, limit = self.options.lr * cosine(step, self.steps), self.options.clip or math.inf
+            self.update(rate, norm, limit)
+            self.monitor.step(step, rate, norm, steps=1, clipped=norm > limit, **sums)
+            done.update({name: done[name] + more for name, more in sums.items()}, in_row=0)
+        else:
+            self.skip()
+        done.update(step=step + 1, batch=done["batch"] + 1)
+        return nats / total
 
-    def train_epoch(self, monitor: Monitor, stop: threading.Event) -> bool:
+    def update(self, rate: float, norm: float, limit: float) -> None:
+        """One step of the optimiser, with the gradient of this norm clipped to `limit`."""
+        if norm > limit:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, torch.tensor(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def skip(self) -> None:
+        """Count a step whose loss or gradient is not finite; LabError after three in a row."""
+        done = self.progress
+        done.update(skipped=done["skipped"] + 1, in_row=done["in_row"] + 1)
+        if done["in_row"] == 3:
+            raise self.diverged("the loss or its gradient was, at three steps in a row,")
+
+    def diverged(self, what: str) -> LabError:
+        return LabError(
+            f"{what} not finite after step {self.progress['step']:,}: train a new run with a smaller --lr or --clip; "
+            f"the last good checkpoint in {self.folder} is kept"
+        )
+
+    def train_epoch(self) -> bool:
         """Train on the epoch's batches that are left; False if it was stopped before the last."""
+        done, batches = self.progress, len(self.train)
         self.model.train()
-        self.train.batch_sampler.set_epoch(self.progress["epoch"])
-        done, start = self.progress["batch"], time.perf_counter()
-        symbols_before = self.progress["symbols"]
-        with tqdm(total=len(self.train), initial=done, unit="batch", leave=False, disable=None) as bar:
-            for batch in self.remaining(done):
-                nats = self.train_step(batch, monitor)
-                speed = (self.progress["symbols"] - symbols_before) / (time.perf_counter() - start)
+        self.train.batch_sampler.set_epoch(done["epoch"])
+        self.clock = saved = time.perf_counter()
+        with tqdm(total=batches, initial=done["batch"], unit="batch", leave=False, disable=RANK > 0 or None) as bar:
+            for batch in share(self.train, done["batch"]):
+                nats = self.train_step(batch)
+                speed = done["symbols"] / max(done["seconds"], 1e-9)
                 bar.set_postfix_str(f"{nats:.3f} nats, {speed:,.0f} characters/s", refresh=False)
                 bar.update()
-                if stop.is_set():
+                due = self.options.save_every and self.clock - saved >= self.options.save_every
+                if done["batch"] < batches and (due or self.stopping):  # after the last one, end_epoch saves
+                    self.save("last.pt", final=self.stopping)
+                    saved = self.clock
+                if self.stopping:
                     break
-        self.progress["seconds"] += time.perf_counter() - start
-        return self.progress["batch"] == len(self.train)
+        return done["batch"] == batches
 
-    def remaining(self, done: int):
-        """The epoch's batches from number `done` on; those before are not even loaded."""
-        indices = list(self.train.batch_sampler)[done:]
-        return DataLoader(self.train.dataset, batch_sampler=indices, collate_fn=pad_collate_fn)
-
-    def end_epoch(self, monitor: Monitor) -> None:
-        """Validate, show samples, and save: always `last.pt`, `best.pt` where it is the best so far."""
+    def end_epoch(self) -> None:
+        """Validate, show samples, and save: `best.pt` where it is the best so far, always `last.pt`."""
         done = self.progress
         self.model.eval()
-        valid = evaluate(self.model, self.valid, self.options.device)
-        sentences = samples(self.model, self.options.seed + done["epoch"])
-        train = done["nats"] / done["symbols"]
-        best = valid < done["best"]
-        speed = done["step"] / len(self.train) * done["symbols"] / done["seconds"]
-        monitor.epoch(done["step"], valid, sentences)
-        done.update(epoch=done["epoch"] + 1, batch=0, nats=0.0, symbols=0, best=min(valid, done["best"]))
+        valid = evaluate(self.model, share(self.valid), self.options.device)
+        if not math.isfinite(valid):
+            raise self.diverged("the validation loss is")
+        sentences = {} if RANK else samples(self.model, self.options.seed + done["epoch"])
+        self.monitor.epoch(done["step"] - 1, valid, sentences)  # with the step just done: a resumed run keeps it
+        train = done["nats"] / done["symbols"] if done["symbols"] else math.nan  # all steps skipped
+        speed = done["symbols"] / max(done["seconds"], 1e-9)
         print(
-            f"epoch {done['epoch']}/{self.options.epochs}: training {train:.3f} nats, validation {valid:.3f} nats "
+            f"epoch {done['epoch'] + 1}/{self.options.epochs}: training {train:.3f} nats, validation {valid:.3f} nats "
             f"= {valid / math.log(2):.3f} bits per character, {speed:,.0f} characters/s"
         )
+        if done["skipped"]:
+            print(f"  {done['skipped']:,} steps skipped so far: their loss or gradient was not finite")
         for decoder, sentence in sentences.items():
             print(f"  {decoder:8s} {sentence}")
-        checkpoint = self.checkpoint()
-        save(self.folder / "last.pt", checkpoint)
-        if best:
-            save(self.folder / "best.pt", checkpoint)
+        best_before = done["best"]
+        done.update(epoch=done["epoch"] + 1, batch=0, nats=0.0, symbols=0, seconds=0.0, best=min(valid, best_before))
+        final = self.stopping or done["epoch"] == self.options.epochs
+        # The best first: a run killed in between goes on from the older last.pt and comes here again.
+        if valid < best_before and not self.save("best.pt", final):
+            done["best"] = best_before
+        self.save("last.pt", final)
 
-    def run(self, monitor: Monitor, stop: threading.Event) -> bool:
-        """Train epoch after epoch; False if it was stopped, with `last.pt` saved."""
-        while self.progress["epoch"] < self.options.epochs:
-            if not self.train_epoch(monitor, stop):
-                save(self.folder / "last.pt", self.checkpoint())
-                return False
-            self.end_epoch(monitor)
-            if stop.is_set() and self.progress["epoch"] < self.options.epochs:
-                return False
+    def save(self, name: str, final: bool) -> bool:
+        """Save as `name`, after the curves; whether it went well. Only the `final` save of a command has to."""
+        if RANK:
+            return True
+        self.monitor.flush()
+        checkpoint = self.checkpoint()
+        learned = (checkpoint["weights"], *checkpoint["optimizer"].values())
+        if not all(tensor.isfinite().all() for tensors in learned for tensor in tensors.values()):
+            raise self.diverged("a weight or a moment is")
+        try:
+            save(self.folder / name, checkpoint)
+        except LabError as error:
+            if final:
+                raise
+            warn(f"{error}; training goes on")
+            return False
         return True
+
+    def run(self, stop: threading.Event) -> bool:
+        """Train epoch after epoch; False if `stop` was set before the end. `last.pt` is saved."""
+        self.stop, self.stopping = stop, False
+        self.monitor = Monitor(self.folder, self.options, self.progress["step"], self.interval)
+        if self.progress["step"] == 0:
+            self.save("last.pt", final=True)  # a run killed before its first save can be resumed as well
+        while self.progress["epoch"] < self.options.epochs and not self.stopping:
+            if self.train_epoch():
+                self.end_epoch()
+        self.monitor.close()
+        return self.progress["epoch"] == self.options.epochs
 
 
 # ----------------------------------------------------------------------------------- command line
 
-NOT_SAVED = ("run", "resume", "device")  # they belong to a command, not to a run
+NOT_SAVED = ("run", "resume", "device", "save_every")  # they belong to a command, not to a run
 
 
-def parse_options(arguments=None):
+def command_parser() -> Parser:
     parser = Parser(prog="tp5.py", description="Train a character model with a recurrent cell written by hand.")
     add = parser.add_argument
     add("--model", choices=CELLS, default="lstm", help="the recurrent cell")
     add("--data", default=str(CORPUS), metavar="PATH", help="a UTF-8 text file")
     add("--epochs", type=number(int, 1), default=5, metavar="N", help="passes over the training sentences")
-    add("--batch-size", type=number(int, 1), default=BATCH_SIZE, metavar="B", help="sentences in a batch")
+    add("--batch-size", type=number(int, 1), default=BATCH_SIZE, metavar="B", help="sentences in a process's batch")
     add("--embedding", type=number(int, 1), default=128, metavar="E", help="size of a symbol's embedding")
     add("--hidden", type=number(int, 1), default=HIDDEN, metavar="H", help="size of the hidden state")
-    add("--lr", type=number(float, 0, above=True), default=5e-3, metavar="RATE", help="peak learning rate")
+    add("--lr", type=number(float, 0, above=True), default=8e-3, metavar="RATE", help="peak learning rate")
     add(
         "--clip",
         type=number(float, 0),
@@ -723,15 +1029,26 @@ def parse_options(arguments=None):
     add("--maxlen", type=number(int, 1), metavar="N", help="leave out sentences longer than N characters")
     add("--maxsent", type=number(int, 2), metavar="N", help="use the first N sentences only")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+    add("--precision", choices=("float32", "bf16"), default="float32",
+        help="of the recurrent products; bf16 only where the processor has it in hardware")  # fmt: skip
+    add("--threads", type=number(int, 1), metavar="N", help="threads of a process (default: PyTorch's, a core each)")
     add("--scalars-every", type=number(int, 0), default=20, metavar="N", help="steps between scalars; 0: off")
     add("--histograms-every", type=number(int, 0), default=400, metavar="N",
         help="steps between histograms of gates, gradients and parameters; 0: off")  # fmt: skip
+    add("--save-every", type=number(float, 0), default=30, metavar="SECONDS",
+        help="save within an epoch too; 0: only after each")  # fmt: skip
     add("--run", type=Path, metavar="FOLDER", help="where the run goes (default: runs/MODEL-DATE_TIME)")
     add("--resume", nargs="?", const="newest", metavar="RUN",
         help="go on with a run's last.pt (alone: the newest run), with that run's options")  # fmt: skip
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def parse_options():
+    options = command_parser().parse_args()
+    if options.run and options.resume:
+        raise LabError("--run does not go with --resume: a run goes on in its own folder")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no CUDA device; leave it out to train on the CPU")
+        raise LabError("--device cuda: this PyTorch sees no CUDA device; leave it out to train on the CPU")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.data = str(Path(options.data).resolve())
@@ -739,76 +1056,111 @@ def parse_options(arguments=None):
 
 
 def new_folder(options) -> Path:
-    """Make the run's folder; LabError if it holds a run already."""
+    """Make the run's folder. One that is named may be there already; of two runs in one second, each has its own."""
     folder = options.run or RUNS / f"{options.model}-{time.strftime('%Y-%m-%d_%H%M%S')}"
     try:
-        if options.run is None:
-            while folder.exists():  # two runs in one second
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=options.run is not None)
+                return folder
+            except FileExistsError:
+                if options.run:  # a file of that name
+                    raise
                 folder = folder.with_name(folder.name + "+")
-        elif (folder / "last.pt").exists():
-            raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
-        folder.mkdir(parents=True, exist_ok=options.run is not None)
     except OSError as error:
         raise LabError(f"cannot make the folder {folder}: {error.strerror}") from None
-    return folder
 
 
-def resumed(options):
-    """The folder and checkpoint to resume; `options` become that run's, and what that overrides is said."""
-    if options.resume == "newest":
-        found = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise LabError(f"no run in {RUNS} to resume: train one with `python tp5.py --model lstm`")
-        folder = found[-1].parent
-    else:
-        folder = Path(options.resume)
-    checkpoint = load_checkpoint(folder / "last.pt")
-    defaults, saved = vars(parse_options([])), checkpoint["options"]
-    if set(saved) != set(defaults) - set(NOT_SAVED):
-        raise LabError(f"{folder / 'last.pt'} is damaged: its options are not this program's")
+def newest_run() -> Path:
+    """The folder of the run that was saved last."""
+    found = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise LabError(f"no run in {RUNS} to resume: train one with `python tp5.py --model lstm`")
+    return found[-1].parent
+
+
+def take_over(options, saved: dict) -> None:
+    """Replace `options` by those of the run that is resumed; say which of the command line that overrides."""
+    blank = argparse.Namespace(**dict.fromkeys(vars(options)))  # defaults do not overwrite its None
+    given = vars(command_parser().parse_args(namespace=blank))
     for name, value in saved.items():
-        given = getattr(options, name)
-        if given not in (value, defaults[name]):
-            print(f"ignored: --{name.replace('_', '-')} {given}; the run has {value}")
+        if name == "data" and given[name]:  # the corpus may have moved: `restore` compares its content
+            continue
+        if given[name] not in (None, value):
+            print(f"ignored: --{name.replace('_', '-')} {given[name]}; the run has {value}")
         setattr(options, name, value)
-    return folder, checkpoint
 
 
 @contextmanager
-def stop_on_interrupt():
-    """An event that the first Ctrl-C sets, so that the step under way is finished; a second one kills."""
+def stop_on_signal():
+    """An event that the first SIGINT (Ctrl-C) or SIGTERM sets, so that a run saves and stops; a second one kills."""
     stop = threading.Event()
 
-    def interrupted(*_):
+    def asked(*_):
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGINT, interrupted)
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def main() -> None:
-    options = parse_options()
-    folder, checkpoint = resumed(options) if options.resume else (None, None)
-    corpus = load_corpus(options)
-    folder = folder or new_folder(options)
-    training = Training(options, folder, *corpus)
-    if checkpoint:
-        training.restore(checkpoint, folder / "last.pt")
+def train(training: Training) -> None:
+    """Run to the end or to a signal, and say what comes next."""
+    options, folder = training.options, training.folder
     parameters = sum(p.numel() for p in training.model.parameters())
     print(f"{options.model} with {parameters:,} parameters on {options.device}, {training.steps:,} steps: {folder}")
-    monitor = Monitor(folder, options, training.progress["step"])
-    with stop_on_interrupt() as stop:
-        finished = training.run(monitor, stop)
-    monitor.writer.close()
+    with stop_on_signal() as stop:
+        finished = training.run(stop)
     if finished:
         chosen = "" if folder.parent == RUNS else f" --checkpoint {folder / 'best.pt'}"
         print(f"Run saved in {folder}. Next: python generate.py --beam 5{chosen}; tensorboard --logdir {folder.parent}")
     else:
         print(f"Stopped and saved in {folder}. Go on with: python tp5.py --resume {folder}")
+
+
+def begin(options) -> None:
+    """Train a new run."""
+    options.batch_size *= WORLD
+    corpus = load_corpus(options)
+    folder = Path() if RANK else new_folder(options)
+    with locked(folder):
+        if not RANK and (folder / "last.pt").exists():
+            raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
+        train(Training(options, folder, *corpus))
+
+
+def resume(options) -> None:
+    """Go on with a run."""
+    folder = newest_run() if options.resume == "newest" else Path(options.resume)
+    last = folder / "last.pt"
+    if not last.exists():
+        raise LabError(f"cannot read {last}: there is no run to resume")
+    with locked(folder):
+        checkpoint = load_checkpoint(last)
+        take_over(options, checkpoint["options"])
+        if checkpoint["progress"]["epoch"] == options.epochs:
+            print(f"{folder} has finished its {options.epochs} epochs, nothing is left to resume: train a new run")
+            return
+        training = Training(options, folder, *load_corpus(options))
+        training.restore(checkpoint, last)
+        print(f"going on after step {training.progress['step']:,}")
+        if checkpoint["processes"] != WORLD:
+            print(f"{WORLD} process(es) instead of {checkpoint['processes']}: the same batches, equal but for rounding")
+        train(training)
+
+
+def main() -> None:
+    options = parse_options()
+    with joined(options.device):
+        if options.resume:
+            resume(options)
+        else:
+            begin(options)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,16 @@ over alternated rounds, so that a machine that slows down slows both; only the r
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -181,7 +184,68 @@ def decode() -> None:
     table(f"Decoding, E {E}, H {HIDDEN}", rows, "as named")
 
 
-POINTS = {"step": step, "bf16": bf16, "decode": decode}
+# --------------------------------------------------------------------------- resume, processes
+
+
+def resume() -> None:
+    """What saving within an epoch costs at the default model and interval, and what checking a file costs."""
+    import tp5
+
+    options = tp5.command_parser().parse_args(["--maxsent", "1000", "--device", "cpu"])
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        training = tp5.Training(options, Path(folder), *tp5.load_corpus(options))
+        training.stop, training.clock = threading.Event(), time.perf_counter()
+        training.monitor = tp5.Monitor(folder, options, 0)
+        training.train_step(next(iter(training.train)))  # the optimiser has its moments from here on
+        path = Path(folder) / "last.pt"
+        calls = {
+            "save": lambda: training.save("last.pt", final=True),
+            "torch.save": lambda: torch.save(training.checkpoint(), Path(folder) / "plain.pt"),
+            "load": lambda: tp5.load_checkpoint(path),
+            "torch.load": lambda: torch.load(path, weights_only=True),
+        }
+        seconds = alternate(calls)
+        size = path.stat().st_size / 1e6
+        training.monitor.close()
+    every = options.save_every
+    rows = [
+        row(
+            f"a save of {size:.1f} MB in every {every} s", seconds["save"], every, seconds["save"] / every, at_most=0.02
+        ),
+        row("save / torch.save", seconds["save"], seconds["torch.save"], seconds["save"] / seconds["torch.save"]),
+        row("load / torch.load", seconds["load"], seconds["torch.load"], seconds["load"] / seconds["torch.load"]),
+    ]
+    table("resume: checkpoints", rows, "seconds")
+
+
+def ddp() -> None:
+    """Two processes of one thread beside one process of one thread, the real commands in turns."""
+
+    def train(processes: int, batch_size: int) -> tuple[float, float]:
+        """Characters per second and validation loss."""
+        many = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--"] if processes > 1 else []
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = ["--maxsent", "1500", "--epochs", "1", "--batch-size", str(batch_size)]
+            command = [sys.executable, *many, str(ROOT / "tp5.py"), "--run", str(Path(folder) / "run"), *sizes]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            output = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=True).stdout
+        loss, speed = re.search(r"validation ([\d.]+) nats.* ([\d,]+) characters/s", output).groups()
+        return float(speed.replace(",", "")), float(loss)
+
+    runs = {"two": [], "one": []}
+    for _ in range(3):
+        runs["two"].append(train(2, 32))
+        runs["one"].append(train(1, 32))
+    two, one = (statistics.median(speed for speed, _ in runs[name]) for name in ("two", "one"))
+    table(
+        "ddp: two processes of one thread",
+        [row("32 sentences each", two, one, two / one, at_least=1.6)],
+        "characters/s",
+    )
+    print(f"\nValidation: {runs['two'][0][1]} nats; one process with the same batches of 64: {train(1, 64)[1]} nats")
+
+
+POINTS = {"step": step, "bf16": bf16, "decode": decode, "resume": resume, "ddp": ddp}
 
 
 def main() -> None:

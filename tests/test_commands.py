@@ -1,9 +1,7 @@
 """The three scripts as a user runs them."""
 
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 
@@ -12,6 +10,7 @@ import torch
 from conftest import CELLS, ROOT, SMALL, command, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import tp5
 from textloader import PAD_IX, TextDataset, pad_collate_fn, read_text
 from tp5 import load_checkpoint, load_model
 
@@ -102,27 +101,25 @@ def test_same_seed_same_run(runs, tmp_path):
     assert all(torch.equal(first["weights"][name], again["weights"][name]) for name in first["weights"])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_interrupted_and_resumed_is_the_same_run(runs, tmp_path):
-    folder = tmp_path / "run"
-    arguments = [sys.executable, str(ROOT / "tp5.py"), "--model", "lstm", "--run", str(folder), *SMALL]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 1/2"):
-            process.send_signal(signal.SIGINT)
-            break
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "Stopped and saved" in output and "Traceback" not in errors
-    resumed = command("tp5.py", "--resume", folder, "--lr", "0.5")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "ignored: --lr 0.5; the run has 0.005" in resumed.stdout
-    whole, parts = (load_checkpoint(run / "last.pt") for run in (runs / "lstm", folder))
-    assert whole["progress"]["best"] == parts["progress"]["best"]
-    assert all(torch.equal(whole["weights"][name], parts["weights"][name]) for name in whole["weights"])
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    steps = [event.step for event in events.Scalars("loss/train")]
-    assert steps == sorted(set(steps))
+def test_resuming_a_finished_run(runs):
+    """It says so, and what of the command line it ignores; nothing is written."""
+    before = (runs / "lstm" / "last.pt").read_bytes()
+    result = command("tp5.py", "--resume", runs / "lstm", "--lr", "0.5", "--epochs", "9", "--hidden", "24")
+    assert result.returncode == 0, result.stderr
+    assert "ignored: --lr 0.5; the run has 0.008" in result.stdout
+    assert "ignored: --epochs 9; the run has 2" in result.stdout and "--hidden" not in result.stdout
+    assert "has finished its 2 epochs" in result.stdout
+    assert (runs / "lstm" / "last.pt").read_bytes() == before
+
+
+def test_resuming_with_another_corpus(runs, tmp_path):
+    checkpoint = load_checkpoint(runs / "lstm" / "last.pt")
+    checkpoint["progress"].update(epoch=1)
+    (tmp_path / "run").mkdir()
+    torch.save(checkpoint, tmp_path / "run" / "last.pt")
+    (tmp_path / "other.txt").write_text("Yes. We. Can. " * 20, encoding="utf-8")
+    result = command("tp5.py", "--resume", tmp_path / "run", "--data", tmp_path / "other.txt")
+    refused(result, "other.txt", "not the corpus")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +133,7 @@ def test_interrupted_and_resumed_is_the_same_run(runs, tmp_path):
         ("tp5.py", ["--data", "missing.txt"], ["cannot read"]),
         ("tp5.py", ["--data", "."], ["cannot read"]),
         ("tp5.py", ["--resume", "nowhere"], ["cannot read"]),
+        ("tp5.py", ["--resume", "there", "--run", "here"], ["--run", "--resume"]),
     ],
 )
 def test_bad_options(tmp_path, script, arguments, words):
@@ -156,11 +154,13 @@ def test_corpus_too_small(tmp_path, text):
     assert not (tmp_path / "run").exists()
 
 
-def test_smallest_corpus_trains(tmp_path):
-    (tmp_path / "small.txt").write_text("A. B!", encoding="utf-8")
+@pytest.mark.parametrize("model", CELLS)
+@pytest.mark.parametrize("text", ["A. B!", ". . . . . . . . . . . ."], ids=["two sentences", "one symbol"])
+def test_smallest_corpora_train(tmp_path, trained, model, text):
+    (tmp_path / "small.txt").write_text(text, encoding="utf-8")
     sizes = ("--hidden", 1, "--embedding", 1, "--batch-size", 1, "--epochs", 1, "--clip", 0)
-    result = command("tp5.py", "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *sizes)
-    assert result.returncode == 0, result.stderr
+    output = trained("--model", model, "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *sizes)
+    assert "1 to validate" in output and load_model(tmp_path / "run" / "best.pt")
 
 
 def test_run_folder_is_not_overwritten(runs):
@@ -172,54 +172,51 @@ def test_run_folder_is_not_overwritten(runs):
 def test_diverging_run_stops_with_advice(tmp_path):
     result = command("tp5.py", "--run", tmp_path / "run", *SMALL, "--lr", "1e38", "--clip", "0")
     refused(result, "not finite", "--lr")
-    assert not (tmp_path / "run" / "last.pt").exists()
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 0
 
 
-class Bomb:
-    """Unpickled by a careless reader, it makes a file."""
+@pytest.fixture
+def trained(monkeypatch, capsys):
+    """Train in this process: what the command prints."""
 
-    def __init__(self, path):
-        self.path = path
+    def train(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["tp5.py", *map(str, arguments)])
+        tp5.main()
+        return capsys.readouterr().out
 
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def damaged(checkpoint: dict, whole: bytes, folder) -> dict:
-    """Files that are not a good checkpoint, by what is wrong with them."""
-    cases = {
-        "empty": b"",
-        "text": b"Yes we can.",
-        "truncated": whole[: len(whole) // 2],
-        "cut tail": whole[:-20],
-        "list": [1, 2],
-        "another dict": {"weights": 1},
-        "version": {**checkpoint, "format": 0},
-        "alphabet": {**checkpoint, "alphabet": "abc"},
-        "field": {name: value for name, value in checkpoint.items() if name != "weights"},
-        "sizes": {**checkpoint, "model": {**checkpoint["model"], "hidden_size": 10**6}},
-        "cell": {**checkpoint, "model": {**checkpoint["model"], "cell": "gru"}},
-        "bomb": {**checkpoint, "weights": Bomb(folder / "boom")},
-    }
-    return cases
+    return train
 
 
-def test_damaged_checkpoints_are_refused(runs, tmp_path):
-    whole = (runs / "lstm" / "best.pt").read_bytes()
-    checkpoint = load_checkpoint(runs / "lstm" / "best.pt")
-    from textloader import LabError
+def spoil(monkeypatch, steps, how) -> None:
+    """Make the training loss of these steps (0, 1, …) not finite, or its gradient only."""
+    loss, step = tp5.maskedCrossEntropy, iter(range(10**6))
 
-    for name, content in damaged(checkpoint, whole, tmp_path).items():
-        path = tmp_path / f"{name}.pt"
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
-        with pytest.raises(LabError, match=re.escape(str(path))):
-            load_model(path)
-    refused(command("generate.py", "--checkpoint", tmp_path / "bomb.pt"), "bomb.pt")
-    refused(command("generate.py", "--checkpoint", tmp_path / "truncated.pt"), "truncated.pt")
-    assert not (tmp_path / "boom").exists()
+    def spoiled(output, target, padcar):
+        if torch.is_grad_enabled() and next(step) in steps:
+            if how == "gradient":
+                output.register_hook(lambda gradient: gradient * math.inf)
+            else:
+                output = output * math.nan
+        return loss(output, target, padcar)
+
+    monkeypatch.setattr(tp5, "maskedCrossEntropy", spoiled)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch, trained, how):
+    spoil(monkeypatch, {0, 3, 4, 6, 23}, how)
+    output = trained("--run", tmp_path / "run", *SMALL, "--histograms-every", 1)
+    assert re.findall("([0-9]+) steps skipped so far", output) == ["4", "5"]
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (checkpoint["progress"]["step"], checkpoint["progress"]["skipped"]) == (24, 5)
+    assert checkpoint["optimizer"][0]["step"] == 19
+
+
+def test_three_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, trained):
+    spoil(monkeypatch, {12, 13, 14}, "loss")
+    with pytest.raises(tp5.LabError, match="three steps in a row"):
+        trained("--run", tmp_path / "run", *SMALL)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 12  # the epoch before
 
 
 def test_imports_do_no_work(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from conftest import command, refused
 
 from generate import generate, generate_exact, main, score, trace
-from textloader import EOS_IX
+from textloader import EOS_IX, run_main
 from tp5 import CELLS, load_model
 
 FACTS = r"^    (-[\d.]+) nats,.* bits per character, (?:ended|cut at maxlen)(.*)$"
@@ -141,7 +141,7 @@ def test_same_seed_same_sentences(written):
 def test_bad_options(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["generate.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        main()
+        run_main(main)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1
     assert all(word in said for word in words)
