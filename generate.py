@@ -206,18 +206,6 @@ def select(state, beams):
 # ------------------------------------------------------------------------------------ beam search
 
 
-@dataclass(frozen=True)
-class Found:
-    """A sentence that a beam has found: the `length` symbols that led to its live beam `beam`."""
-
-    key: float  # what it was ranked by
-    score: float
-    own: float  # under the model itself
-    length: int
-    beam: int
-    ended: bool = False  # or cut
-
-
 class Beam:
     """Beam search, one symbol per `step`: the `k` best among live and ended prefixes together survive.
 
@@ -239,7 +227,7 @@ class Beam:
         self.scores = torch.zeros(1, dtype=torch.float64, device=reader.device)  # of the live beams
         self.own = self.keys = self.scores  # under the model itself; as ranked
         self.parents, self.written = [], []  # back-pointers and symbols: a tuple over live beams per step
-        self.ended, self.cut, self.bound = [], [], NEVER
+        self.ended, self.cut, self.bound = [], [], NEVER  # (key, Hypothesis without its gap), best first
 
     def step(self) -> bool:
         """Read the live beams' symbols, keep the best of what may follow; False when that is the end."""
@@ -248,35 +236,27 @@ class Beam:
         keys = scores if self.generator is None else perturbed(scores, self.keys, self.generator)
         self.pool = keys.flatten()  # what competes: the ended, then every child of live beams
         if self.ended:
-            self.pool = torch.cat([self.pool.new_tensor([found.key for found in self.ended]), self.pool])
-        # The best one let go is at rank k, except at the last step, where the cut ones do not count.
-        count = len(self.pool) if self.is_last() else min(self.k + 1, len(self.pool))
-        ranked = zip(*(column.tolist() for column in self.pool.topk(count)), strict=True)
+            self.pool = torch.cat([self.pool.new_tensor([key for key, _ in self.ended]), self.pool])
+        best = self.pool.topk(min(self.k + 1, len(self.pool)))
+        ranked = zip(*(column.tolist() for column in best), strict=True)
 
         before, self.ended, self.ended_places, grown = self.ended, [], [], []
         for rank, (key, place) in enumerate(ranked):
             if key == NEVER:
                 break
-            beam, symbol = divmod(place - len(before), scores.shape[1])  # beam < 0: ended at an earlier step
-            is_cut = beam >= 0 and symbol == PAD_IX
-            if rank >= self.k or (len(self.ended) == self.n and not grown):
-                if is_cut:
-                    continue
+            if rank == self.k or (len(self.ended) == self.n and not grown):
                 self.bound = max(self.bound, key)
                 break
-            if is_cut:
-                self.cut.append(Found(key, self.scores[beam].item(), self.own[beam].item(), len(self.written), beam))
+            beam, symbol = divmod(place - len(before), scores.shape[1])  # beam < 0: ended at an earlier step
+            if beam >= 0 and symbol == PAD_IX:
+                self.cut.append((key, self.hypothesis(beam, False, self.own[beam], self.scores[beam])))
             elif beam >= 0 and symbol != self.eos:
                 grown.append((place, key, beam, symbol))
             else:
                 self.ended_places.append(place)
-                self.ended.append(before[place] if beam < 0 else self.close(key, beam, scores, model))
+                self.ended.append(before[place] if beam < 0 else (key, self.closed(beam, model, scores)))
         self.grow(grown, scores, model)
         return bool(grown)
-
-    def is_last(self) -> bool:
-        """Whether the live beams have all the characters that they may have."""
-        return len(self.written) == self.maxlen
 
     def distributions(self):
         """Log-probabilities (live, V) of the next symbol: the model's, and those to search by."""
@@ -284,17 +264,25 @@ class Beam:
         if len(self.written) < self.min_length:
             search = search.clone()
             search[:, self.eos] = NEVER
-        if self.is_last():  # EOS, or the cut: BLANK's free column takes the best of all else, or its mass
+        if len(self.written) == self.maxlen:
+            # EOS, or the cut: BLANK's free column takes the best of all else, or its mass.
             end, search = search, torch.full_like(search, NEVER)
             search[:, self.eos] = end[:, self.eos]
             others = end.index_fill(-1, self.symbols.new_tensor([self.eos]), NEVER)
             search[:, PAD_IX] = others.amax(-1) if self.generator is None else others.logsumexp(-1)
         return model, search
 
-    def close(self, key, beam, scores, model) -> Found:
-        """The sentence that ends after what live beam `beam` has written."""
-        own = self.own[beam] + model[beam, self.eos]
-        return Found(key, scores[beam, self.eos].item(), own.item(), len(self.written), beam, ended=True)
+    def closed(self, beam: int, model, scores) -> Hypothesis:
+        """The sentence that EOS makes of a live beam."""
+        return self.hypothesis(beam, True, self.own[beam] + model[beam, self.eos], scores[beam, self.eos])
+
+    def hypothesis(self, beam: int, ended: bool, own, score) -> Hypothesis:
+        """What a live beam has written, found along the back-pointers."""
+        codes, row = [], beam
+        for parents, symbols in zip(reversed(self.parents), reversed(self.written), strict=True):
+            codes.append(symbols[row])
+            row = parents[row]
+        return Hypothesis(code2string(reversed(codes)), own.item(), ended, None, score.item())
 
     def grow(self, grown, scores, model) -> None:
         """Make the (place, key, beam, symbol) in `grown` the live beams; `state` follows by back-pointer."""
@@ -311,14 +299,6 @@ class Beam:
         self.parents.append(parents)
         self.written.append(symbols)
 
-    def text(self, length: int, beam: int) -> str:
-        """What live beam `beam` had written after `length` steps."""
-        codes = []
-        for step in reversed(range(length)):
-            codes.append(self.written[step][beam])
-            beam = self.parents[step][beam]
-        return code2string(reversed(codes))
-
     def run(self) -> list[Hypothesis]:
         """Search to the end."""
         while self.step():
@@ -327,14 +307,10 @@ class Beam:
 
     def hypotheses(self) -> list[Hypothesis]:
         """The `n` best first: the ended, then the cut; drawn ones in the order of drawing."""
-        found, drawn = self.ended + self.cut, self.generator is not None
-        if drawn:
-            found.sort(key=lambda one: -one.key)
-        gaps = [None if drawn else max(0.0, self.bound - one.score) for one in found]
-        return [
-            Hypothesis(self.text(one.length, one.beam), one.own, one.ended, gap, one.score)
-            for one, gap in zip(found[: self.n], gaps, strict=False)
-        ]
+        if self.generator is not None:
+            return [drawn for _, drawn in sorted(self.ended + self.cut, key=lambda pair: -pair[0])]
+        found = [found for _, found in self.ended + self.cut]
+        return [replace(each, gap=max(0.0, self.bound - each.search_log_prob)) for each in found[: self.n]]
 
 
 @torch.inference_mode()
@@ -399,8 +375,6 @@ def greedy(reader, eos, start, maxlen, write) -> Hypothesis:
     steps = log_probs.gather(1, chosen)[:, 0]
     before = steps.cumsum(0) - steps
     others = log_probs.scatter(1, chosen, NEVER)
-    if len(codes) > maxlen:  # at the last step only EOS would have made a sentence
-        others[-1, torch.arange(others.shape[1]) != eos] = NEVER
     bound, ended = (before[:, None] + others).max().item(), codes[-1] == eos
     score = (before[-1] + steps[-1] * ended).item()
     return Hypothesis(code2string(codes[: len(codes) - 1]), score, ended, max(0.0, bound - score), score)
@@ -413,13 +387,13 @@ def greedy(reader, eos, start, maxlen, write) -> Hypothesis:
 def generate_distinct(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, generator=None, **space):
     """`k` different sentences, drawn without replacement (stochastic beam search, Kool et al. 2019).
 
-    Adding Gumbel noise to every sentence's log-probability and keeping the `k` largest draws without
-    replacement. Top-down it needs no enumeration: the largest perturbed log-probability below a
+    To add Gumbel noise to every sentence's log-probability and keep the `k` largest sums is to draw
+    without replacement. Top-down it needs no enumeration: the largest perturbed log-probability below a
     prefix is drawn first, then those of its children given that maximum (see `perturbed`).
 
-    Options as for `generate`, `temperature` 1 unless given and above 0. A sentence cut at `maxlen` counts as one, with
-    the probability of its characters and of not ending there. Returns at most `k` Hypothesis in the
-    order in which they were drawn: the first m are a draw of m.
+    Options and errors as for `generate`, but `temperature` is 1 unless given, and above 0. A sentence
+    cut at `maxlen` counts as one, with the probability of its characters and of not ending there.
+    Returns at most `k` Hypothesis in the order of drawing: the first m are a draw of m.
     """
     reader = Reader(rnn, emb, decoder, **space)
     return Beam(reader, eos, k, start, maxlen, generator=generator or fresh_generator()).run()
@@ -469,11 +443,10 @@ def generate_exact(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, budget=BU
 class Exact:
     """Best-first search over batches of prefixes, from what a beam has found.
 
-    A prefix is worth expanding while its score is above the n-th best sentence known, the `floor`.
-    The frontier holds such prefixes, each with the state before its last symbol, and a beam of
-    SEED_BEAM gives the first floor. When half its memory is used, the longest prefixes go first: they end or
-    fall below the floor soonest. Should it overflow all the same, the worst are let go, and `bound`
-    remembers the best of those.
+    A prefix is worth expanding while its score is above the n-th best sentence known, the `floor`; a
+    beam of SEED_BEAM gives the first. The frontier holds such prefixes, each with the state before its
+    last symbol. When half its memory is used, the longest go first: they end or fall below the floor
+    soonest. Should it overflow all the same, the worst are let go, and `bound` remembers the best.
     """
 
     def __init__(self, reader, eos, start, maxlen, *, budget, n, min_length):
