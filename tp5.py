@@ -761,8 +761,8 @@ def share(loader, start: int = 0) -> DataLoader:
 
 def load_corpus(options):
     """Training and validation sentences (a tenth, drawn by seed), and the corpus's name and SHA-256."""
-    text = read_text(options.data)
-    dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen)
+    digest = hashlib.sha256()
+    dataset = TextDataset(read_text(options.data, digest), maxsent=options.maxsent, maxlen=options.maxlen)
     if len(dataset) < 2:
         raise LabError(
             f"{options.data} has {len(dataset)} sentence(s), training needs 2: a sentence ends with . ! or ? "
@@ -774,11 +774,7 @@ def load_corpus(options):
     print(f"{options.data}: {len(dataset):,} sentences, {len(train):,} to train on and {len(valid):,} to validate")
     if dataset.left_out():
         print(f"left out: {dataset.left_out()}")
-    return (
-        train,
-        valid,
-        {"name": Path(options.data).name, "sha256": hashlib.sha256(text.encode()).hexdigest()},
-    )
+    return train, valid, {"name": Path(options.data).name, "sha256": digest.hexdigest()}
 
 
 def batches(subset, options, shuffle: bool) -> DataLoader:
@@ -812,8 +808,10 @@ def cosine(step: int, steps: int) -> float:
 
 
 # `batch` of `epoch` comes next; nats, symbols and seconds are the epoch's sums so far; steps skipped
-# since the start, and the last ones in a row.
-START = dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, seconds=0.0, best=math.inf, skipped=0, in_row=0)
+# since the start, and the last ones in a row; seconds trained since the start.
+START = dict(
+    epoch=0, batch=0, step=0, nats=0.0, symbols=0, seconds=0.0, best=math.inf, skipped=0, in_row=0, trained=0.0
+)
 
 
 class Training:
@@ -949,11 +947,13 @@ class Training:
             raise self.diverged("the validation loss is")
         sentences = {} if RANK else samples(self.model, self.options.seed + done["epoch"])
         self.monitor.epoch(done["step"] - 1, valid, sentences)  # with the step just done: a resumed run keeps it
+        done["trained"] += done["seconds"]
         train = done["nats"] / done["symbols"] if done["symbols"] else math.nan  # all steps skipped
         speed = done["symbols"] / max(done["seconds"], 1e-9)
         print(
             f"epoch {done['epoch'] + 1}/{self.options.epochs}: training {train:.3f} nats, validation {valid:.3f} nats "
-            f"= {valid / math.log(2):.3f} bits per character, {speed:,.0f} characters/s"
+            f"= {valid / math.log(2):.3f} bits per character, {speed:,.0f} characters/s, "
+            f"{done['trained']:.1f} s of training"
         )
         if done["skipped"]:
             print(f"  {done['skipped']:,} steps skipped so far: their loss or gradient was not finite")
@@ -1013,19 +1013,8 @@ def command_parser() -> Parser:
     add("--embedding", type=number(int, 1), default=128, metavar="E", help="size of a symbol's embedding")
     add("--hidden", type=number(int, 1), default=HIDDEN, metavar="H", help="size of the hidden state")
     add("--lr", type=number(float, 0, above=True), default=8e-3, metavar="RATE", help="peak learning rate")
-    add(
-        "--clip",
-        type=number(float, 0),
-        default=1.0,
-        metavar="NORM",
-        help="clip gradients to this norm; 0: off",
-    )
-    add(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        default=0,
-        help="of the split, the weights and the shuffling",
-    )
+    add("--clip", type=number(float, 0), default=1.0, metavar="NORM", help="clip gradients to this norm; 0: off")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the split, the weights and the shuffling")
     add("--maxlen", type=number(int, 1), metavar="N", help="leave out sentences longer than N characters")
     add("--maxsent", type=number(int, 2), metavar="N", help="use the first N sentences only")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")

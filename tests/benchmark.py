@@ -22,14 +22,27 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from generate import generate, generate_beam, generate_exact  # noqa: E402
-from textloader import BATCH_SIZE, EOS_IX, PAD_IX, SYMBOLS  # noqa: E402
+from textloader import (  # noqa: E402
+    BATCH_SIZE,
+    CORPUS,
+    EOS_IX,
+    PAD_IX,
+    SYMBOLS,
+    BucketSampler,
+    TextDataset,
+    pad_collate_fn,
+    padding_share,
+    read_text,
+)
 from tp5 import HIDDEN, CharModel, keep_freed_memory, load_model, maskedCrossEntropy  # noqa: E402
 
 
@@ -245,17 +258,146 @@ def ddp() -> None:
     print(f"\nValidation: {runs['two'][0][1]} nats; one process with the same batches of 64: {train(1, 64)[1]} nats")
 
 
+# ------------------------------------------------------------------------------- padding, loading
+
+
+class Published(nn.Module):
+    """The peer: what solutions of this lab look like. A linear layer for each gate, on [h, x], one-hot-free."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.decoder = nn.Embedding(SYMBOLS, E), nn.Linear(HIDDEN, SYMBOLS)
+        self.f, self.i, self.C, self.o = (nn.Linear(HIDDEN + E, HIDDEN) for _ in range(4))
+
+    def forward(self, targets):
+        inputs = torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])
+        h = C = torch.zeros(targets.shape[1], HIDDEN)
+        outputs = []
+        for x in self.emb(inputs):
+            hx = torch.cat([h, x], 1)
+            C = self.f(hx).sigmoid() * C + self.i(hx).sigmoid() * self.C(hx).tanh()
+            h = self.o(hx).sigmoid() * C.tanh()
+            outputs.append(self.decoder(h))
+        return torch.stack(outputs)
+
+
+def characters_per_second(model: nn.Module, dataset, batches: list[list[int]]) -> float:
+    """Real characters that training on these batches of indices takes in a second."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    symbols, start = 0, time.perf_counter()
+    for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=pad_collate_fn):
+        optimizer.zero_grad()
+        maskedCrossEntropy(model(batch), batch, PAD_IX).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        symbols += int((batch != PAD_IX).sum())
+    return symbols / (time.perf_counter() - start)
+
+
+def padding(corpora: list[Path]) -> None:
+    """Length-bucketed batches against random ones, and against a published solution on random ones."""
+    rows = []
+    for path in corpora:
+        dataset = TextDataset(read_text(path))
+        bucketed = list(BucketSampler(dataset.lengths, BATCH_SIZE))
+        random = list(BucketSampler(np.ones_like(dataset.lengths), BATCH_SIZE))
+        shares = [100 * padding_share(dataset.lengths, batches) for batches in (bucketed, random)]
+        rows.append(row(f"{path.name}: padding, % of symbols (ratio: ours)", *shares, shares[0], at_most=3))
+        speeds = {"ours": [], "random": [], "published": []}
+        for part in range(3):
+            each = slice(20 * part, 20 * part + 20)
+            speeds["ours"].append(characters_per_second(CharModel("lstm", E, HIDDEN), dataset, bucketed[each]))
+            speeds["random"].append(characters_per_second(CharModel("lstm", E, HIDDEN), dataset, random[each]))
+            speeds["published"].append(characters_per_second(Published(), dataset, random[each]))
+        ours, peer, published = (statistics.median(values) for values in speeds.values())
+        rows.append(
+            row(f"{path.name}: characters/s, same model on random batches", ours, peer, ours / peer, at_least=4)
+        )
+        rows.append(
+            row(f"{path.name}: characters/s, published solution", ours, published, ours / published, at_least=6)
+        )
+    table(f"Padding, LSTM, B {BATCH_SIZE}, E {E}, H {HIDDEN}", rows, "as named")
+
+
+LOADING = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import tp5
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+options = tp5.command_parser().parse_args(["--data", sys.argv[2], "--device", "cpu"])
+before, start = peak(), time.perf_counter()
+dataset = tp5.TextDataset(tp5.read_text(options.data))
+loaded, size = time.perf_counter() - start, peak() - before
+del dataset
+training = tp5.Training(options, None, *tp5.load_corpus(options))
+batch = next(iter(tp5.share(training.train)))
+tp5.maskedCrossEntropy(training.model(batch), batch, tp5.PAD_IX).backward()
+print(loaded, size, time.perf_counter() - start - loaded, peak() - before)
+"""
+
+
+def load(corpora: list[Path]) -> None:
+    """A corpus of 500 MB made by repetition: seconds and bytes to load it, seconds to the first step."""
+    rows, megabytes = [], 500
+    for path in corpora:
+        content = path.read_bytes()
+        with tempfile.TemporaryDirectory() as folder:
+            big = Path(folder) / "big.txt"
+            with big.open("wb") as file:
+                for _ in range(megabytes * 10**6 // len(content)):
+                    file.write(content)
+            characters = sum(map(len, read_text(big)))
+            command = [sys.executable, "-c", LOADING, str(ROOT), str(big)]
+            output = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+            seconds, size, first, trained = map(float, output.split()[-4:])
+        rows += [
+            row(f"{path.name} repeated: MB/s", megabytes / seconds, 40, megabytes / seconds, at_least=40),
+            row("peak bytes a character, loading", size / characters, 2, size / characters, at_most=2),
+            row("peak bytes a character, at the first step", trained / characters, 2, trained / characters, at_most=2),
+            row("seconds to the first step", first, 60, first, at_most=60),
+        ]
+    table(f"Loading {megabytes} MB (peer and ratio: the target, ours)", rows, "as named")
+
+
+def quality(corpora: list[Path]) -> None:
+    """The default LSTM after its first epoch and its last; the peer's figures are those of nanoGPT on the same text.
+
+    nanoGPT's CPU configuration on the campaign speeches: 1.50 nats after 102 s of training.
+    """
+    rows = []
+    for path in corpora:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, ROOT / "tp5.py", "--data", path, "--run", Path(folder) / "run"]
+            output = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+        print(output.splitlines()[0])
+        epochs = re.findall(r"epoch (\d+)/.*validation ([\d.]+) nats.* ([\d.]+) s of training", output)
+        for number, nats, seconds in (epochs[0], epochs[-1]):
+            name, target = f"{path.name}, epoch {number}", 1.5 if number == "1" else 1.15
+            rows.append(row(f"{name}: validation nats", float(nats), 1.5, float(nats), at_most=target))
+            limit = 15 if number == "1" else 100
+            rows.append(row(f"{name}: seconds of training", float(seconds), 102, float(seconds), at_most=limit))
+    table("Quality of the default LSTM (ratio: ours)", rows, "as named")
+
+
+ON_CORPORA = {"padding": padding, "load": load, "quality": quality}
 POINTS = {"step": step, "bf16": bf16, "decode": decode, "resume": resume, "ddp": ddp}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=POINTS, action="append", help="measure this point (may be repeated)")
-    only = parser.parse_args().only
+    parser.add_argument(
+        "--only", choices=[*POINTS, *ON_CORPORA], action="append", help="measure this point (may be repeated)"
+    )
+    parser.add_argument("--data", type=Path, action="append", default=[CORPUS], metavar="PATH",
+                        help="a corpus more for padding, load and quality")  # fmt: skip
+    options = parser.parse_args()
     keep_freed_memory()
     print(machine())
-    for name in only or POINTS:
-        POINTS[name]()
+    for name in options.only or [*POINTS, *ON_CORPORA]:
+        if name in POINTS:
+            POINTS[name]()
+        else:
+            ON_CORPORA[name](options.data)
 
 
 if __name__ == "__main__":

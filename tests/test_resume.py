@@ -33,7 +33,7 @@ def same(left, right) -> bool:
 def content(path) -> dict:
     """A checkpoint without its wall-clock figures."""
     checkpoint = load_checkpoint(path)
-    del checkpoint["progress"]["seconds"], checkpoint["interval"]["seconds"]
+    del checkpoint["progress"]["seconds"], checkpoint["progress"]["trained"], checkpoint["interval"]["seconds"]
     return checkpoint
 
 

@@ -1,8 +1,10 @@
 """Question 1: symbols, sentences, batches."""
 
+import contextlib
 import string
+from collections import Counter
+from unicodedata import combining
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, refused
@@ -17,6 +19,7 @@ from textloader import (
     BucketSampler,
     LabError,
     TextDataset,
+    ascii_form,
     clean,
     code2string,
     normalize,
@@ -68,10 +71,67 @@ def test_round_trip_and_count(text):
     assert set(kept) <= set(LETTRES)
     assert not set(dropped) & set(LETTRES)
     assert normalize(kept) == kept
+    assert dict(dropped) == {c: n for c, n in Counter(text).items() if not ascii_form(c) and not combining(c)}
+
+
+@given(st.text() | st.text(alphabet="aé.!?\"') \n\u0301…—\u202e\x1b\ud800", max_size=80))
+def test_no_character_is_lost_uncounted(text):
+    """Every character read is a symbol kept, white space merged, an accent, or dropped; some become several."""
     dataset = TextDataset(text)
-    assert dataset.dropped == dropped
+    added = sum(max(len(ascii_form(c)), 1) - 1 for c in text)
+    accents = sum(combining(c) > 0 and not ascii_form(c) for c in text)
+    assert (dataset.read, dataset.added, dataset.accents) == (len(text), added, accents)
+    spelled = "".join(map(ascii_form, text))
+    assert dataset.merged == len(spelled) - len(dataset.codes) == len(spelled) - len(" ".join(spelled.split()))
     inside = dataset.lengths.sum() + dataset.unfinished
-    assert len(kept) - kept.count(" ") <= inside <= len(kept)  # only the spaces between sentences go
+    parted = len(dataset) - (dataset.unfinished == 0 and len(dataset) > 0)  # a space follows each, not the last
+    assert inside + parted == len(dataset.codes)
+
+
+@given(st.lists(st.text(alphabet="ab é.!?\"') \n\u0301…—\u4e2d", max_size=6)), st.integers(1, 9))
+def test_pieces_are_as_good_as_the_whole(pieces, maxlen):
+    """Wherever a text is cut into pieces: the same symbols, sentences and counts."""
+    whole, parts = (TextDataset(text, maxlen=maxlen) for text in ("".join(pieces), iter(pieces)))
+    assert whole.codes == parts.codes and whole.dropped == parts.dropped
+    for name in ("starts", "lengths"):
+        assert getattr(whole, name).tolist() == getattr(parts, name).tolist()
+    for name in ("read", "added", "merged", "accents", "unfinished", "too_long"):
+        assert getattr(whole, name) == getattr(parts, name)
+
+
+@given(st.binary(max_size=60), st.integers(1, 7))
+def test_any_bytes_are_read_or_refused_at_the_right_place(tmp_path_factory, content, chunk):
+    path = tmp_path_factory.getbasetemp() / "bytes.txt"
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("textloader.CHUNK", chunk)
+        try:
+            text = "".join(read_text(path))
+        except LabError as error:
+            said = str(error)
+            with contextlib.suppress(UnicodeDecodeError):
+                content.decode("utf-8")
+                assert b"\0" in content or not content.strip()
+                return
+            assert any(word in said for word in ("NUL", "empty", "not UTF-8"))
+            if "not UTF-8" in said:
+                with pytest.raises(UnicodeDecodeError) as expected:
+                    content.decode("utf-8")
+                assert f"byte {expected.value.start};" in said
+        else:
+            assert text == content.decode("utf-8").removeprefix("\ufeff")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 10**7, "a" + "\u0301" * 10**6 + ".", "." * 10**6, "👩‍🚀" * 10**5, '."' * 10**5 + " a."],
+    ids=["no space", "accents", "full stops", "emoji", "quotes"],
+)
+def test_long_monotonous_texts(text):
+    """Time grows with the length, not with its square: these would take hours."""
+    dataset = TextDataset(text)
+    assert dataset.read == len(text)
+    assert set(normalize(text)) <= set(LETTRES)
 
 
 @given(st.text(alphabet="ab. !", max_size=60), st.integers(1, 8), st.integers(1, 4))
@@ -86,8 +146,8 @@ def test_every_sentence_is_kept_or_counted(text, maxlen, maxsent):
 
 def test_sentences_are_one_flat_array():
     dataset = TextDataset("One. Three.")
-    assert dataset.codes.dtype == np.uint8 and dataset.codes.shape == (10,)
-    assert dataset.offsets.tolist() == [0, 4, 10]
+    assert code2string(dataset.codes) == "One. Three." and len(dataset.codes) == 11
+    assert dataset.starts.tolist() == [0, 5] and dataset.lengths.tolist() == [4, 6]
     with pytest.raises(IndexError):
         dataset[2]
 
@@ -136,7 +196,7 @@ def test_bad_files(tmp_path, content, words):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(LabError) as error:
-        read_text(path)
+        list(read_text(path))
     assert all(word in str(error.value) for word in words)
     refused(command("textloader.py", path), *words)
 
