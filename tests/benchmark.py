@@ -238,7 +238,7 @@ def ddp() -> None:
         """Characters per second and validation loss."""
         many = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--"] if processes > 1 else []
         with tempfile.TemporaryDirectory() as folder:
-            sizes = ["--maxsent", "1500", "--epochs", "1", "--batch-size", str(batch_size)]
+            sizes = ["--maxsent", "3000", "--epochs", "1", "--histograms-every", "0", "--batch-size", str(batch_size)]
             command = [sys.executable, *many, str(ROOT / "tp5.py"), "--run", str(Path(folder) / "run"), *sizes]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             output = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=True).stdout
@@ -246,7 +246,7 @@ def ddp() -> None:
         return float(speed.replace(",", "")), float(loss)
 
     runs = {"two": [], "one": []}
-    for _ in range(3):
+    for _ in range(2):
         runs["two"].append(train(2, 32))
         runs["one"].append(train(1, 32))
     two, one = (statistics.median(speed for speed, _ in runs[name]) for name in ("two", "one"))
