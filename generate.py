@@ -241,13 +241,14 @@ class Beam:
         ranked = zip(*(column.tolist() for column in best), strict=True)
 
         before, self.ended, self.ended_places, grown = self.ended, [], [], []
+        offset, V = len(before), scores.shape[1]
         for rank, (key, place) in enumerate(ranked):
             if key == NEVER:
                 break
             if rank == self.k or (len(self.ended) == self.n and not grown):
                 self.bound = max(self.bound, key)
                 break
-            beam, symbol = divmod(place - len(before), scores.shape[1])  # beam < 0: ended at an earlier step
+            beam, symbol = divmod(place - offset, V)  # beam < 0: ended at an earlier step
             if beam >= 0 and symbol == PAD_IX:
                 self.cut.append((key, self.hypothesis(beam, False, self.own[beam], self.scores[beam])))
             elif beam >= 0 and symbol != self.eos:

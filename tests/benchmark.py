@@ -155,7 +155,7 @@ def never_ending(cell: str, library: str):
 
 def with_a_trained_model(folder: Path) -> list[tuple]:
     """Exact search's rate, and the wall time of `generate.py --beam 5` against that of importing torch."""
-    options = ["--run", folder / "run", "--maxsent", 3000, "--epochs", 1]
+    options = ["--run", folder / "run", "--epochs", 1]
     subprocess.run([sys.executable, ROOT / "tp5.py", *map(str, options)], check=True, capture_output=True)
     checkpoint = folder / "run" / "best.pt"
     model, budget = load_model(checkpoint), 50_000
