@@ -622,6 +622,8 @@ def check(checkpoint, size: int) -> None:
         raise LabError("its model is not the one of its options")
     if kinds(checkpoint["corpus"]) != {"name": str, "sha256": str}:
         raise LabError("its corpus is not described")
+    if checkpoint["processes"] < 1:
+        raise LabError("it was trained by no process")
     check_numbers(checkpoint, options)
     check_tensors(checkpoint, size)
 
@@ -655,6 +657,8 @@ def check_numbers(checkpoint: dict, options) -> None:
         or progress["in_row"] > progress["skipped"]
     ):
         raise LabError("its progress is beyond its end")
+    if progress["in_row"] > min(progress["skipped"], 2):  # the third would have ended the run
+        raise LabError("its skipped steps do not add up")
 
 
 def check_tensors(checkpoint: dict, size: int) -> None:
