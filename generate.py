@@ -445,9 +445,9 @@ class Exact:
     """Best-first search over batches of prefixes, from what a beam has found.
 
     A prefix is worth expanding while its score is above the n-th best sentence known, the `floor`; a
-    beam of SEED_BEAM gives the first. The frontier holds such prefixes, each with the state before its
-    last symbol. When half its memory is used, the longest go first: they end or fall below the floor
-    soonest. Should it overflow all the same, the worst are let go, and `bound` remembers the best.
+    beam of SEED_BEAM gives the first. The likeliest prefixes go first. When half the frontier's memory
+    is used, the longest do: they end or fall below the floor soonest. Should it overflow all the same,
+    some are let go, and `bound` remembers the best of them.
     """
 
     def __init__(self, reader, eos, start, maxlen, *, budget, n, min_length):
@@ -463,15 +463,15 @@ class Exact:
 
     def run(self) -> list[Hypothesis]:
         """Search until nothing can be better or the budget is spent; the `n` best, best first."""
-        frontier = Frontier(len(self.reader.emb.weight))
-        zero = torch.zeros(1, 1, dtype=torch.float64, device=self.reader.device)
-        codes = zero.new_zeros(1, self.maxlen, dtype=torch.uint8)
-        nodes = (zero, zero, self.symbols[:, None], zero.long(), codes, self.state)
+        zero = torch.zeros(1, dtype=torch.float64, device=self.reader.device)
+        codes = torch.zeros(1, self.maxlen, dtype=torch.uint8, device=self.reader.device)
+        frontier, nodes = None, (zero, zero, self.symbols, zero.long()[:, None], codes, self.state)
         while nodes is not None:
             children = self.expand(*nodes)
-            self.bound = max(self.bound, frontier.push(children))
+            frontier = frontier or Frontier(children[0], children[-1], len(self.reader.emb.weight))
+            self.bound = max(self.bound, frontier.push(*children))
             nodes = frontier.pop(min(BATCH, self.budget - self.expanded), self.floor())
-        self.bound = max(self.bound, frontier.best())
+        self.bound = max(self.bound, *frontier.waiting[0].sort(descending=True).values[:1].tolist(), NEVER)
         ended = [
             Hypothesis(text, own, True, max(0.0, self.bound - score), score)
             for text, (score, own) in self.found.items()
@@ -484,20 +484,20 @@ class Exact:
         return list(self.found.values())[self.n - 1][0] if len(self.found) >= self.n else NEVER
 
     def expand(self, scores, own, symbols, lengths, codes, state):
-        """Read the last symbols of prefixes (K rows); note the sentences that end there, return the children."""
+        """Read the last symbols (K,) of prefixes; note the sentences that end there.
+
+        lengths (K, 1), codes (K, maxlen), state before those symbols. Returns what `Frontier.push` takes.
+        """
         self.expanded += len(scores)
-        model, search, state = self.reader.read(symbols[:, 0], state)
-        scores, own = scores + search, own + model  # (K, V)
+        model, search, state = self.reader.read(symbols, state)
+        scores, own = scores[:, None] + search, own[:, None] + model  # (K, V)
         ends = scores[:, self.eos].masked_fill(lengths[:, 0] < self.min_length, NEVER)
         for row in (ends > self.floor()).nonzero()[:, 0].tolist():
             self.note(code2string(codes[row].tolist()), ends[row].item(), own[row, self.eos].item())
         scores[:, self.eos] = NEVER
         scores.masked_fill_(lengths == self.maxlen, NEVER)
         rows, symbols = (scores > self.floor()).nonzero(as_tuple=True)
-        codes, lengths = codes[rows], lengths[rows]
-        codes.scatter_(1, lengths, symbols[:, None].to(codes.dtype))
-        scores, own = scores[rows, symbols, None], own[rows, symbols, None]
-        return scores, own, symbols[:, None], lengths + 1, codes, select(state, rows)
+        return scores[rows, symbols], own[rows, symbols], symbols, rows, (lengths, codes, state)
 
     def note(self, text: str, score: float, own: float) -> None:
         """Keep a sentence if it is new and among the `n` best."""
@@ -507,51 +507,50 @@ class Exact:
 
 
 class Frontier:
-    """Prefixes that wait to be expanded, as rows of tensors: scores, own, symbols, lengths, codes, states."""
+    """Prefixes that wait to be expanded: each one's score, score under the model, last symbol, and slot.
 
-    def __init__(self, V: int):
-        self.rows, self.V = None, V
+    A slot holds what the children of a prefix share: its length, codes and state. It is free again
+    when none of them waits any more.
+    """
 
-    def push(self, nodes) -> float:
-        """Add prefixes; return the best score among those that there was no room for (−inf: none)."""
-        scores = nodes[0][:, 0]
-        if self.rows is None:
-            if not len(scores):
-                return NEVER
-            sizes = []
-            map_state(lambda part: sizes.append(part[..., :1, :].numel() * part.element_size()), nodes)
-            self.capacity = max(2, FRONTIER_BYTES // sum(sizes))
-            self.rows = map_state(lambda part: part.new_empty(*part.shape[:-2], self.capacity, part.shape[-1]), nodes)
-            self.scores = self.rows[0][:, 0].fill_(NEVER)
-        free = (self.scores == NEVER).nonzero()[:, 0]
-        let_go = NEVER
-        if len(scores) > len(free):
-            ranked, order = scores.sort(descending=True)
-            let_go = ranked[len(free)].item()
-            nodes = select(nodes, order[: len(free)])
-        slots = free[: len(scores)]
-        map_state(lambda rows, part: rows.index_copy_(-2, slots, part), self.rows, nodes)
-        return let_go
+    def __init__(self, scores, parents, V: int):
+        sizes = []
+        map_state(lambda part: sizes.append(part.numel() * part.element_size() // part.shape[-2]), parents)
+        self.capacity = max(1, FRONTIER_BYTES // (sum(sizes) + 32 * V))  # slots; 32 bytes for a child
+        self.slots = map_state(lambda part: part.new_empty(*part.shape[:-2], self.capacity, part.shape[-1]), parents)
+        codes = torch.empty(0, dtype=torch.int64, device=scores.device)
+        self.waiting = (scores.new_empty(0), scores.new_empty(0), codes, codes)
+        self.room = self.capacity
+
+    def push(self, scores, own, symbols, rows, parents) -> float:
+        """Add the children (n,) of `rows` (n,) of `parents`; return the best score that had no room (or −inf)."""
+        mothers, rows = rows.unique(return_inverse=True)
+        free = (torch.bincount(self.waiting[3], minlength=self.capacity) == 0).nonzero()[:, 0]
+        self.room = max(0, len(free) - len(mothers))
+        lost = scores[rows >= len(free)]
+        scores, own, symbols, rows = (column[rows < len(free)] for column in (scores, own, symbols, rows))
+        slots, mothers = free[: len(mothers)], mothers[: len(free)]
+        map_state(lambda slot, part: slot.index_copy_(-2, slots, part), self.slots, select(parents, mothers))
+        children = (scores, own, symbols, slots[rows])
+        self.waiting = tuple(torch.cat(pair) for pair in zip(self.waiting, children, strict=True))
+        return lost.max().item() if len(lost) else NEVER
 
     def pop(self, count: int, floor: float):
-        """Take out the `count` prefixes to expand next; None if none is left above `floor`, or count is 0."""
-        if self.rows is None or not count:
+        """Take out the `count` prefixes to expand next, for `Exact.expand`; None if there is none above `floor`."""
+        scores, own, symbols, slots = self.waiting
+        keys = scores.masked_fill(scores <= floor, NEVER)
+        count = min(count, int((keys > NEVER).sum()))
+        if not count:
             return None
-        self.scores[self.scores <= floor] = NEVER
-        waiting = int((self.scores > NEVER).sum())
-        if not waiting:
-            return None
-        keys, room = self.scores, self.capacity - waiting
-        if room < self.capacity // 2:  # the longest first, and no more than have room for their children
-            keys, count = keys + 1e9 * self.rows[3][:, 0], min(count, max(1, room // self.V))
-        chosen = keys.topk(min(count, waiting)).indices
-        nodes = select(self.rows, chosen)
-        self.scores[chosen] = NEVER
-        return nodes
-
-    def best(self) -> float:
-        """The best score that waits (−inf: nothing does)."""
-        return NEVER if self.rows is None else self.scores.max().item()
+        if self.room < self.capacity // 2:  # the longest first, in small batches
+            keys, count = keys + 1e9 * self.slots[0][slots, 0], -(-count // 4)
+        chosen = keys.topk(count).indices
+        lengths, codes, state = select(self.slots, slots[chosen])
+        codes.scatter_(1, lengths, symbols[chosen, None].to(codes.dtype))
+        keys[chosen] = NEVER
+        left = (keys > NEVER).nonzero()[:, 0]
+        self.waiting = tuple(column[left] for column in self.waiting)
+        return scores[chosen], own[chosen], symbols[chosen], lengths + 1, codes, state
 
 
 # -------------------------------------------------------------------------------- looking at a text
