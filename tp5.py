@@ -651,11 +651,7 @@ def check_numbers(checkpoint: dict, options) -> None:
         if not all(number >= 0 for number in numbers.values()):  # NaN is not either
             raise LabError(f"its {name} has a number below 0 or none at all")
     progress = checkpoint["progress"]
-    if (
-        progress["epoch"] > options.epochs
-        or progress["batch"] > progress["step"]
-        or progress["in_row"] > progress["skipped"]
-    ):
+    if progress["epoch"] > options.epochs or progress["batch"] > progress["step"]:
         raise LabError("its progress is beyond its end")
     if progress["in_row"] > min(progress["skipped"], 2):  # the third would have ended the run
         raise LabError("its skipped steps do not add up")
