@@ -111,7 +111,7 @@ def reshaped(temperature: float = 1.0, top_k: int | None = None, alpha: float = 
     check("temperature", temperature, 0, above=True)
     check("alpha", alpha, 0, 1, above=True)
     if top_k is not None:
-        check("top_k", top_k, 1)
+        check_count("top_k", top_k, 1)
     if temperature == 1 and top_k is None and alpha == 1:
         return None
 
@@ -123,6 +123,13 @@ def reshaped(temperature: float = 1.0, top_k: int | None = None, alpha: float = 
         return p_nucleus(lambda logits: logits, alpha)(log_probs).log() if alpha < 1 else log_probs
 
     return reshape
+
+
+def check_count(name: str, value, low=1, high=math.inf) -> None:
+    """Raise ValueError unless `value` is a whole number from `low` to `high`."""
+    if not isinstance(value, int):
+        raise ValueError(f"{name} is {value}, must be a whole number")
+    check(name, value, low, high)
 
 
 def check(name: str, value, low, high=math.inf, *, above=False) -> None:
@@ -138,15 +145,15 @@ def check(name: str, value, low, high=math.inf, *, above=False) -> None:
 class Reader:
     """Reads one symbol per beam and says how likely each next one is, for any `(rnn, emb, decoder)`.
 
-    A cell that offers `project` and `one_step` takes its input from a table of the V projected
-    symbols, computed once; any other cell is called like `torch.nn`'s. What is searched or drawn from
+    A cell that offers `project`, `one_step` and `zero_state` takes its input from a table of the V
+    projected symbols, computed once; any other cell is called like `torch.nn`'s. What is searched or drawn from
     may differ from the model: the other options are those of `reshaped`.
     """
 
     def __init__(self, rnn, emb, decoder, **options):
         self.rnn, self.emb, self.decoder, self.device = rnn, emb, decoder, emb.weight.device
         self.reshape = reshaped(**options)
-        self.table = rnn.project(emb.weight) if hasattr(rnn, "one_step") else None  # (V, G·H)
+        self.table = rnn.project(emb.weight) if hasattr(rnn, "project") else None  # (V, G·H)
         self.blank = torch.tensor([PAD_IX], device=self.device)
 
     def logits(self, h):
@@ -216,11 +223,11 @@ class Beam:
     """
 
     def __init__(self, reader, eos, k, start, maxlen, *, n=None, min_length=0, generator=None):
-        check("k", k, 1)
+        check_count("k", k, 1)
         self.n = k if n is None else n
-        check("n", self.n, 1, k)
-        check("maxlen", maxlen, 1)
-        check("min_length", min_length, 0, maxlen)
+        check_count("n", self.n, 1, k)
+        check_count("maxlen", maxlen, 1)
+        check_count("min_length", min_length, 0, maxlen)
         self.reader, self.eos, self.k, self.maxlen, self.min_length = reader, eos, k, maxlen, min_length
         self.generator = generator
         self.symbols, self.state = reader.prompt(eos, start)  # what the live beams read next, and after what
@@ -310,7 +317,8 @@ class Beam:
         """The `n` best first: the ended, then the cut; drawn ones in the order of drawing."""
         if self.generator is not None:
             return [drawn for _, drawn in sorted(self.ended + self.cut, key=lambda pair: -pair[0])]
-        found = [found for _, found in self.ended + self.cut]
+        cut = sorted((found for _, found in self.cut), key=lambda found: -found.search_log_prob)
+        found = [found for _, found in self.ended] + cut
         return [replace(each, gap=max(0.0, self.bound - each.search_log_prob)) for each in found[: self.n]]
 
 
@@ -350,9 +358,10 @@ def generate(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, temperature=0.0
     """
     check("temperature", temperature, 0)
     reader = Reader(rnn, emb, decoder, temperature=temperature or 1.0, **space)
-    if temperature == 0:
+    if temperature == 0 and reader.reshape is None:
         return greedy(reader, eos, start, maxlen, write)
-    beam = Beam(reader, eos, 1, start, maxlen, generator=generator or fresh_generator())
+    noise = (generator or fresh_generator()) if temperature else None
+    beam = Beam(reader, eos, 1, start, maxlen, generator=noise)
     while beam.step():
         if write is not None:
             write(code2string(beam.written[-1]))
@@ -361,7 +370,7 @@ def generate(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, temperature=0.0
 
 def greedy(reader, eos, start, maxlen, write) -> Hypothesis:
     """A beam of one, faster: each step only looks for the largest logit, all scores are worked out at the end."""
-    check("maxlen", maxlen, 1)
+    check_count("maxlen", maxlen, 1)
     symbol, state = reader.prompt(eos, start)
     logits, codes = [], []
     while len(codes) <= maxlen and eos not in codes[-1:]:
@@ -451,8 +460,8 @@ class Exact:
     """
 
     def __init__(self, reader, eos, start, maxlen, *, budget, n, min_length):
-        check("budget", budget, 1)
-        check("n", n, 1)
+        check_count("budget", budget, 1)
+        check_count("n", n, 1)
         beam = Beam(reader, eos, max(SEED_BEAM, n), start, maxlen, n=n, min_length=min_length)
         self.reader, self.eos, self.n, self.maxlen, self.min_length = reader, eos, n, maxlen, min_length
         self.budget, self.expanded, self.bound = budget, 0, NEVER
@@ -662,6 +671,8 @@ def facts(hypothesis, first: bool) -> str:
     said.append("ended" if hypothesis.ended else "cut at maxlen")
     if hypothesis.gap == 0 and hypothesis.ended:
         said.append("proved optimal" if first else "proved next best")
+    elif hypothesis.gap is not None and not hypothesis.ended:
+        said.append(f"no sentence that ends is above {hypothesis.search_log_prob + hypothesis.gap:.2f} nats")
     elif hypothesis.gap is not None:
         where = "from the optimum" if first else "below a sentence not shown"
         said.append(f"at most {hypothesis.gap:.2f} nats {where}")
@@ -677,8 +688,8 @@ def exact(options, parts, space):
     seconds = time.perf_counter() - since
     yield from found
     print(f"    {exact.expanded:,} prefixes expanded in {seconds:.1f} s")
-    if not found or not found[0].ended:
-        return
+    if not found or not found[0].ended or found[0].gap:
+        return  # there is no optimum yet that a beam could lose
     k, best, space = options.beam or BEAM, found[0].text, dict(min_length=options.min_length, **space)
     lost = search_error(*parts, k, best, *place, **space)
     said = f"a beam of {k} keeps it to the end"
@@ -730,9 +741,10 @@ def title(options) -> str:
     return said
 
 
-def show(options, parts, generator) -> None:
+def show(options, parts) -> None:
     """Print what the options ask for: sentences, scores, certificates, the trace if wanted."""
     print(f"\n{title(options)}")
+    generator = torch.Generator().manual_seed(options.seed)
     first = True
     for hypothesis in decode(options, parts, generator):
         text = "" if options.stream else f"  {options.start}{hypothesis.text}"
@@ -763,24 +775,26 @@ def parse_options():
     add("--trace", action="store_true", help="the model's view of each sentence, symbol by symbol")
     add("--stream", action="store_true", help="print a greedy or sampled sentence as it is written")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the drawing")
-    add("--checkpoint", type=Path, metavar="FILE", help="a best.pt or last.pt (default: newest run's best.pt)")
+    add("--checkpoint", type=Path, metavar="FILE",
+        help="a best.pt or last.pt, or a run's folder (default: newest run's best.pt)")  # fmt: skip
     options = parser.parse_args()
-    searched, drawn = bool(options.beam or options.exact), options.sample or options.temperature is not None
+    options.greedy = options.greedy or options.temperature == 0
+    searched, drawn = bool(options.beam or options.exact), options.sample or bool(options.temperature)
     narrowed = bool(options.nucleus or options.top_k)
     for wrong, advice in (
-        (options.greedy and (searched or drawn or narrowed), "--greedy goes with no other decoder's options"),
-        (options.greedy and options.n, "--greedy writes one sentence: leave -n out"),
+        (options.greedy and (searched or drawn or narrowed),
+         "--greedy (or --temperature 0) goes with no other decoder's options"),
+        (options.greedy and options.n, "--greedy (or --temperature 0) writes one sentence: leave -n out"),
         (options.exact and options.sample, "--exact does not go with --sample"),
-        (searched and options.temperature == 0, "--temperature 0 is --greedy: it does not go with --beam or --exact"),
         (options.beam and not options.exact and (options.n or 1) > options.beam,
          f"-n {options.n} sentences need a beam of at least as many: --beam {options.n}"),
+        (options.min_length > options.maxlen, f"--min-length {options.min_length} is above --maxlen {options.maxlen}"),
         (options.min_length and (options.sample or not searched), "--min-length goes with --beam or --exact"),
         (options.stream and (searched or not (options.greedy or drawn or narrowed)),
          "--stream goes with --greedy, --sample, --temperature, --top-k or --nucleus, without --beam or --exact"),
     ):  # fmt: skip
         if wrong:
             parser.error(advice)
-    options.greedy = options.greedy or options.temperature == 0
     options.sample = options.sample or ((drawn or narrowed) and not searched and not options.greedy)
     return options
 
@@ -806,15 +820,14 @@ def main() -> None:
     path = options.checkpoint or newest_checkpoint()
     from tp5 import load_model  # tp5 imports this file
 
-    model = load_model(path)
-    generator = torch.Generator().manual_seed(options.seed)
-    print(one_line(f"{path}: {model.cell}, start {options.start!r}, seed {options.seed}"))
+    model = load_model(path / "best.pt" if path.is_dir() else path)
     chosen = options.greedy or options.sample or options.beam or options.exact
     try:
         options.start = read_start(options.start)
+        print(one_line(f"{path}: {model.cell}, start {options.start!r}, seed {options.seed}"))
         with torch.inference_mode():
             for each in [options] if chosen else side_by_side(options):
-                show(each, (model.rnn, model.emb, model.decoder, EOS_IX), generator)
+                show(each, (model.rnn, model.emb, model.decoder, EOS_IX))
     except ValueError as error:
         raise LabError(error) from None
 

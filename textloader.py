@@ -142,12 +142,12 @@ def read_text(path, digest=None):
                 if not data:
                     break
     except OSError as error:
-        raise LabError(f"cannot read {path}: {error.strerror}; give a text file with --data") from None
+        raise LabError(f"cannot read {path}: {error.strerror}; give a text file") from None
     except UnicodeDecodeError as error:
         offset = position - pending + error.start
         raise LabError(f"{path} is not UTF-8: byte {offset}; save it as UTF-8 first") from None
     if empty:
-        raise LabError(f"{path} is empty: give a text file with --data")
+        raise LabError(f"{path} is empty: give a text file")
 
 
 class TextDataset(Dataset):
@@ -280,11 +280,18 @@ def padding_share(lengths, batches) -> float:
 # ----------------------------------------------------------------------------------- command line
 
 
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows a default where there is one to show."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """`ArgumentParser` that shows defaults in its help; a mistake is a LabError."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
+        super().__init__(formatter_class=Defaults, allow_abbrev=False, **options)
 
     def error(self, message):
         raise LabError(message)

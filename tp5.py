@@ -74,8 +74,8 @@ def maskedCrossEntropy(output, target, padcar):
 class Cell(nn.Module):
     """What the three cells share: the input's half of every gate, and the loop over time.
 
-    A cell calls like `torch.nn`'s: `output, state = rnn(x, state)`, with x (T, B, E), output
-    (T, B, H), and a state whose tensors are (B, H); without `state` it starts from zeros.
+    A cell calls like `torch.nn`'s: `output, state = rnn(x, state)`, with x (T, B, E), always a
+    batch, output (T, B, H), and a state of tensors (B, H); without `state` it starts from zeros.
 
     W·[h, x] + b is W_h h + (W_x x + b). The second half needs no history: `project` computes it
     for all time steps at once. `equations` is one time step as the paper writes it, with a column
@@ -140,7 +140,8 @@ class Cell(nn.Module):
         W, device = self.hidden_weight, projected.device.type
         if torch.is_autocast_enabled(device):
             W = W.to(torch.get_autocast_dtype(device))
-        run = ThroughTime.apply if hasattr(self, "back") else through_time
+        by_hand = hasattr(self, "back") and torch.is_grad_enabled()
+        run = ThroughTime.apply if by_hand else through_time
         with torch.autocast(device, enabled=False):  # only the products with W leave float32
             output, *state = run(self, projected, W, *columns(state))
         return output.mT, rows(state)
@@ -419,7 +420,8 @@ class Monitor:
         """Begin an events file."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
 
-        threading.excepthook = lambda failed: None  # the writer's thread also hands its error to our next call
+        before = threading.excepthook  # the writer's thread also hands an OSError to our next call
+        threading.excepthook = lambda failed: isinstance(failed.exc_value, OSError) or before(failed)
         try:
             self.writer = SummaryWriter(folder, purge_step=step)
         except OSError as error:
@@ -914,9 +916,10 @@ class Training:
         done = self.progress
         done.update(skipped=done["skipped"] + 1, in_row=done["in_row"] + 1)
         if done["in_row"] == 3:
-            raise self.diverged("the loss or its gradient was, at three steps in a row,")
+            raise self.diverged("at three steps in a row, the loss or its gradient was")
 
     def diverged(self, what: str) -> LabError:
+        """The error that ends a run whose numbers `what` says are not finite."""
         return LabError(
             f"{what} not finite after step {self.progress['step']:,}: train a new run with a smaller --lr or --clip; "
             f"the last good checkpoint in {self.folder} is kept"
@@ -1116,8 +1119,19 @@ def train(training: Training) -> None:
         print(f"Stopped and saved in {folder}. Go on with: python tp5.py --resume {folder}")
 
 
+def check_memory(options) -> None:
+    """LabError if a model of these sizes, its gradient and Adam's two moments find no room."""
+    with torch.device("meta"):
+        size = 4 * sum(4 * p.numel() for p in CharModel(**configuration(options)).parameters())  # bytes
+    try:
+        torch.empty(size, dtype=torch.uint8)  # asked for, not touched
+    except RuntimeError:
+        raise LabError(f"this model needs {size / 1e9:,.0f} GB to train: choose a smaller --hidden") from None
+
+
 def begin(options) -> None:
     """Train a new run."""
+    check_memory(options)
     options.batch_size *= WORLD
     corpus = load_corpus(options)
     folder = Path() if RANK else new_folder(options)

@@ -129,6 +129,7 @@ def test_resuming_with_another_corpus(runs, tmp_path):
         ("tp5.py", ["--lr", "0"], ["--lr", "above 0"]),
         ("tp5.py", ["--lr", "nan"], ["--lr"]),
         ("tp5.py", ["--hidden", "x"], ["--hidden", "not a number"]),
+        ("tp5.py", ["--hidden", "99999999"], ["GB", "--hidden"]),
         ("tp5.py", ["--model", "transformer"], ["--model", "lstm"]),
         ("tp5.py", ["--data", "missing.txt"], ["cannot read"]),
         ("tp5.py", ["--data", "."], ["cannot read"]),

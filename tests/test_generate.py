@@ -538,3 +538,43 @@ def test_minimal_length():
 def test_more_options_out_of_range(decode, options, word):
     with pytest.raises(ValueError, match=word):
         decode(*toy("rnn", "ours"), EOS_IX, **options)
+
+
+@every_cell
+def test_cut_sentences_come_best_first(cell, library):
+    rnn, emb, decoder = toy(cell, library)
+    with torch.no_grad():
+        decoder.bias[EOS_IX] = -1e9
+    for start, k in itertools.product(("", "a", "cab"), (3, 8, 20)):
+        scores = [h.search_log_prob for h in generate_beam(rnn, emb, decoder, EOS_IX, k, start, 5)]
+        assert len(scores) == k and scores == sorted(scores, reverse=True)
+
+
+@every_cell
+def test_greedy_in_a_nucleus_is_a_beam_of_one(cell, library):
+    for seed in range(6):
+        model = toy(cell, library, seed=seed)
+        for space in (dict(alpha=0.6), dict(top_k=2), dict(alpha=0.8, top_k=3)):
+            greedy = generate(*model, EOS_IX, "", 6, **space)
+            assert greedy == generate_beam(*model, EOS_IX, 1, "", 6, **space)[0]
+
+
+@pytest.mark.parametrize("base", [torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM])
+def test_a_cell_with_another_one_step_is_called_like_torchs(base):
+    """The handout's own `one_step(x, h)` is not ours: without `project`, it is not used."""
+
+    class Students(base):
+        def one_step(self, x, h):
+            raise AssertionError
+
+    torch.manual_seed(0)
+    parts = Students(3, 4).double(), torch.nn.Embedding(5, 3).double(), torch.nn.Linear(4, 5).double()
+    assert generate_beam(*parts, EOS_IX, 3, "ab", 4)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(k=2.5), dict(k=2, maxlen=2.5), dict(k=2, min_length=0.5), dict(k=2, top_k=1.5)]
+)
+def test_counts_are_whole(options):
+    with pytest.raises(ValueError, match="whole"):
+        generate_beam(*toy("rnn", "ours"), EOS_IX, **options)
