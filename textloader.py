@@ -75,7 +75,7 @@ def _symbols(text: str, outside: Counter, after_space: bool = False) -> bytes:
     wide = np.zeros((len(points), 3), dtype=np.uint8)  # row i: what stands for character i
     wide[:, 0] = points
     wide[where] = forms.view(np.uint8).reshape(-1, 3)[which]
-    flat = wide[wide > 0]
+    flat = np.frombuffer(wide.tobytes().translate(None, b"\0"), dtype=np.uint8)
     space = flat == ord(" ")
     before = np.roll(space, 1)
     before[:1] = after_space
@@ -114,8 +114,8 @@ def code2string(codes) -> str:
 # -------------------------------------------------------------------------------------- sentences
 
 # A . ! or ? with closing quotes or brackets, then white space or the end: "3.5" ends nothing.
-ENDING, CLOSING = b".!?", b"\"')]}"
-SENTENCE_END = re.compile(rb"""[.!?]["')\]}]*(?= )""")
+KIND = bytes.maketrans(b".!?" + b"\"')]}", b"..." + b")))))")
+SENTENCE_END = re.compile(rb"\.\)*(?= )")  # in symbols translated to their KIND
 CHUNK = 1 << 18  # bytes read at a time
 
 
@@ -168,15 +168,15 @@ class TextDataset(Dataset):
     def __init__(self, text, *, maxsent: int | None = None, maxlen: int | None = None):
         self.read, outside = 0, Counter()
         codes, ends = bytearray(), array("q")
-        last = b" "  # the last symbol that is not a closing quote or bracket
+        last = b" "  # kind of the last symbol that is not a closing quote or bracket
         for piece in [text] if isinstance(text, str) else text:
             self.read += len(piece)
             symbols = _symbols(piece, outside, not codes or codes[-1] == lettre2id[" "])
-            context = last + symbols  # the piece may go on with the end of a sentence
-            ends.extend(len(codes) + end.end() - 1 for end in SENTENCE_END.finditer(context))
+            kinds = last + symbols.translate(KIND)  # the piece may go on with the end of a sentence
+            ends.extend(len(codes) + end.end() - 1 for end in SENTENCE_END.finditer(kinds))
             codes += symbols.translate(CODE_OF_BYTE)
-            last = context.rstrip(CLOSING)[-1:]
-        if last in ENDING:
+            last = kinds.rstrip(b")")[-1:]
+        if last == b".":
             ends.append(len(codes))
         elif codes and codes[-1] == lettre2id[" "]:
             codes.pop()
@@ -250,7 +250,7 @@ class BucketSampler(Sampler):
     def __init__(self, lengths, batch_size: int, *, shuffle: bool = True, seed: int = 0):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be at least 1")
-        self.lengths = np.asarray(lengths)
+        self.lengths = np.asarray(lengths, dtype=np.float32)  # a big corpus has tens of millions
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -267,6 +267,7 @@ class BucketSampler(Sampler):
             like = like * (1 + JITTER * random.random(len(like), dtype=np.float32))
             random.shuffle(starts)
         order = np.argsort(like, kind="stable")
+        del like
         for start in starts:
             yield order[start : start + self.batch_size].tolist()
 

@@ -22,13 +22,14 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from generate import RUNS, generate, generate_beam
@@ -753,7 +754,7 @@ def share(loader, start: int = 0) -> DataLoader:
     A batch is sorted by length, so that every `WORLD`-th sentence makes parts of equal work. A part
     without a sentence, of a last batch of few, is a BLANK: nothing to learn from, nothing to count.
     """
-    parts = [batch[RANK::WORLD] for batch in list(loader.batch_sampler)[start:]]
+    parts = (batch[RANK::WORLD] for batch in islice(loader.batch_sampler, start, None))
     own = torch.Generator()  # DataLoader draws from it, and not from the state that checkpoints hold
 
     def collate(samples):
@@ -775,9 +776,10 @@ def load_corpus(options):
             f"({dataset.left_out() or 'nothing'} left out)"
         )
     held_out = max(1, len(dataset) // 10)
-    split = torch.Generator().manual_seed(options.seed)
-    train, valid = random_split(dataset, [len(dataset) - held_out, held_out], split)
-    print(f"{options.data}: {len(dataset):,} sentences, {len(train):,} to train on and {len(valid):,} to validate")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed)).numpy()
+    train, valid = Subset(dataset, order[:-held_out]), Subset(dataset, order[-held_out:])  # `random_split` makes lists
+    sizes = f"{len(dataset):,} sentences, {len(train):,} to train on and {len(valid):,} to validate"
+    print(f"{one_line(options.data)}: {sizes}")
     if dataset.left_out():
         print(f"left out: {dataset.left_out()}")
     return train, valid, {"name": Path(options.data).name, "sha256": digest.hexdigest()}

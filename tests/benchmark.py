@@ -336,9 +336,9 @@ print(loaded, size, time.perf_counter() - start - loaded, peak() - before)
 """
 
 
-def load(corpora: list[Path]) -> None:
+def load(corpora: list[Path], megabytes: int = 500) -> None:
     """A corpus of 500 MB made by repetition: seconds and bytes to load it, seconds to the first step."""
-    rows, megabytes = [], 500
+    rows = []
     for path in corpora:
         content = path.read_bytes()
         with tempfile.TemporaryDirectory() as folder:

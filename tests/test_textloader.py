@@ -1,9 +1,12 @@
 """Question 1: symbols, sentences, batches."""
 
 import contextlib
+import os
+import re
 import string
 from collections import Counter
 from unicodedata import combining
+from unicodedata import normalize as decomposed
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from textloader import (
     EOS_IX,
     LETTRES,
     PAD_IX,
+    TYPOGRAPHY,
     BucketSampler,
     LabError,
     TextDataset,
@@ -72,6 +76,28 @@ def test_round_trip_and_count(text):
     assert not set(dropped) & set(LETTRES)
     assert normalize(kept) == kept
     assert dict(dropped) == {c: n for c, n in Counter(text).items() if not ascii_form(c) and not combining(c)}
+
+
+@given(st.text(st.characters(exclude_characters=TYPOGRAPHY)))
+def test_handouts_normalize(text):
+    """Without typographic signs: the handout's formula, but for white space."""
+    handouts = "".join(c for c in decomposed("NFD", re.sub(r"\s", " ", text)) if c in LETTRES)
+    assert normalize(text) == re.sub(" +", " ", handouts)
+
+
+@given(st.text())
+def test_composed_or_not_is_the_same(text):
+    assert normalize(decomposed("NFC", text)) == normalize(decomposed("NFD", text))
+
+
+def test_all_of_unicode():
+    """Every code point of every script, lone surrogates too: a symbol, a space, an accent, or counted."""
+    text = "".join(map(chr, range(0x110000)))
+    dataset = TextDataset(text)
+    assert dataset.dropped.keys().isdisjoint(LETTRES) and set(dataset.dropped.values()) == {1}
+    assert {"\0", "\x1b", "\u202e", "\ud800", "漢", "½"} <= dataset.dropped.keys() and "é" not in dataset.dropped
+    assert set(code2string(dataset.codes)) == set(LETTRES)
+    assert dataset.read == len(text)
 
 
 @given(st.text() | st.text(alphabet="aé.!?\"') \n\u0301…—\u202e\x1b\ud800", max_size=80))
@@ -198,7 +224,11 @@ def test_bad_files(tmp_path, content, words):
     with pytest.raises(LabError) as error:
         list(read_text(path))
     assert all(word in str(error.value) for word in words)
-    refused(command("textloader.py", path), *words)
+
+
+def test_command_refuses_a_bad_file(tmp_path):
+    (tmp_path / "corpus.txt").write_bytes(b"ab\xffcd.")
+    refused(command("textloader.py", tmp_path / "corpus.txt"), "UTF-8", "byte 2")
 
 
 def test_byte_order_mark(tmp_path):
@@ -213,3 +243,13 @@ def test_command_describes_a_corpus(tmp_path):
     for words in ("7 × 3 batch", "2 sentences", "☺ WHITE SMILING FACE", "5 characters after the last sentence end"):
         assert words in result.stdout
     assert not list(ROOT.glob("c.txt"))
+
+
+def test_nothing_from_the_input_reaches_the_terminal_raw(tmp_path):
+    """No escape sequence, no control character, no turn of direction: not from the text, not from its name."""
+    path = tmp_path / ("c\u202e.txt" if os.name == "nt" else "c\x1b[31m\u202e\r.txt")
+    path.write_text("Un \x1b]0;title\x07\u202e\u2066\x9b31m\x7f\ue000\U000e0041. Deux.", encoding="utf-8")
+    result = command("textloader.py", path)
+    assert result.returncode == 0, result.stderr
+    assert "RIGHT-TO-LEFT OVERRIDE" in result.stdout
+    assert all(c.isprintable() or c == "\n" for c in result.stdout)
