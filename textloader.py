@@ -250,7 +250,7 @@ class BucketSampler(Sampler):
     def __init__(self, lengths, batch_size: int, *, shuffle: bool = True, seed: int = 0):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be at least 1")
-        self.lengths = np.asarray(lengths, dtype=np.float32)  # a big corpus has tens of millions
+        self.lengths = np.asarray(lengths)
         self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
