@@ -146,8 +146,8 @@ def swapped_fields(good: dict):
 # In these, and in tensors of one shape, another value is as good as the one that was there.
 FREE = (
     *("threads", "lr", "clip", "seed", "maxlen", "maxsent", "epochs", "batch_size"),
-    *("scalars_every", "histograms_every", "epoch", "batch", "steps", "nats", "symbols", "seconds", "clipped", "best", "trained"),
-    *("data", "name", "sha256", "processes"),
+    *("scalars_every", "histograms_every", "epoch", "batch", "steps", "nats", "symbols", "seconds"),
+    *("clipped", "best", "trained", "data", "name", "sha256", "processes"),
 )
 
 
