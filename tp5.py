@@ -1096,8 +1096,8 @@ def stop_on_signal():
 
     def asked(*_):
         stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)  # the system's: it does not wait for a step to end
 
     before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
