@@ -1092,14 +1092,14 @@ def take_over(options, saved: dict) -> None:
 @contextmanager
 def stop_on_signal():
     """An event that the first SIGINT (Ctrl-C) or SIGTERM sets, so that a run saves and stops; a second one kills."""
-    stop = threading.Event()
+    stop, numbers = threading.Event(), (signal.SIGINT, signal.SIGTERM)
 
     def asked(*_):
         stop.set()
-        for number in before:
+        for number in numbers:
             signal.signal(number, signal.SIG_DFL)  # the system's: it does not wait for a step to end
 
-    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, asked) for number in numbers}
     try:
         yield stop
     finally:
