@@ -159,7 +159,7 @@ class TextDataset(Dataset):
     maxlen   leave out sentences of more than `maxlen` characters (None: none): cutting them
              would teach a false ending
 
-    Memory: a byte for each symbol, 16 for each sentence. `too_long`, `beyond_maxsent` count the
+    Memory: a byte for each symbol, 12 for each sentence. `too_long`, `beyond_maxsent` count the
     sentences left out, `unfinished` the symbols after the last sentence end, `dropped` the
     characters outside the alphabet. No character is lost uncounted: `read` + `added` =
     `len(codes)` + `merged` + `accents` + `dropped.total()`.
@@ -197,11 +197,11 @@ class TextDataset(Dataset):
         starts = np.roll(ends, 1) + 1  # one space parts two sentences
         starts[:1] = 0
         self.unfinished = max(0, len(self.codes) - int(ends[-1]) - 1) if len(ends) else len(self.codes)
-        lengths = ends - starts
+        lengths = (ends - starts).astype(np.uint32)
         if maxlen is not None:
             starts, lengths = starts[lengths <= maxlen], lengths[lengths <= maxlen]
         self.too_long = len(ends) - len(starts)
-        self.starts, self.lengths = starts[:maxsent], lengths[:maxsent]  # (sentences,) int64, EOS not counted
+        self.starts, self.lengths = starts[:maxsent], lengths[:maxsent]  # (sentences,), EOS not counted
         self.beyond_maxsent = len(starts) - len(self.starts)
 
     def __len__(self) -> int:

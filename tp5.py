@@ -25,6 +25,7 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -776,8 +777,9 @@ def load_corpus(options):
             f"({dataset.left_out() or 'nothing'} left out)"
         )
     held_out = max(1, len(dataset) // 10)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed)).numpy()
-    train, valid = Subset(dataset, order[:-held_out]), Subset(dataset, order[-held_out:])  # `random_split` makes lists
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed))
+    order = order.numpy().astype(np.int32)  # `random_split` makes lists, ten times as big
+    train, valid = Subset(dataset, order[:-held_out]), Subset(dataset, order[-held_out:])
     sizes = f"{len(dataset):,} sentences, {len(train):,} to train on and {len(valid):,} to validate"
     print(f"{one_line(options.data)}: {sizes}")
     if dataset.left_out():
