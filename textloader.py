@@ -294,6 +294,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=Defaults, allow_abbrev=False, **options)
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args:
+            if argument.endswith("=--"):  # argparse would drop the -- and leave a list in place of the value
+                self.error(f"{argument} has no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         raise LabError(message)
 

@@ -4,6 +4,8 @@ import re
 
 import pytest
 from conftest import command, refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from generate import generate, generate_exact, main, score, trace
 from textloader import EOS_IX, run_main
@@ -162,3 +164,26 @@ def test_bad_options(arguments, words, monkeypatch, capsys):
 )
 def test_refused_in_one_line(runs, options, words):
     refused(command("generate.py", "--checkpoint", runs / "rnn" / "best.pt", *options), *words)
+
+
+VALUES = st.sampled_from(
+    ["", "0", "1", "3", "-1", "0.5", "1.5", "nan", "inf", "1e400", "٣", "中\x1b[31m", "Our ", "--"]
+)
+NAMES = ("beam", "nucleus", "temperature", "top-k", "min-length", "budget", "n", "seed", "start", "wrong")
+FLAGS = ("--greedy", "--sample", "--exact", "--trace", "--stream")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=4), st.lists(st.sampled_from(FLAGS), max_size=2))
+def test_any_options_work_or_are_refused_in_one_line(runs, monkeypatch, capsys, named, flags):
+    given_options = [f"{'-n' if name == 'n' else '--' + name}={value}" for name, value in named]
+    few = ["--maxlen", "6", "--checkpoint", str(runs / "rnn" / "best.pt")]
+    monkeypatch.setattr("sys.argv", ["generate.py", *few, *given_options, *flags])
+    try:
+        run_main(main)
+    except SystemExit as stopped:
+        assert stopped.code == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and all(c.isprintable() or c == "\n" for c in said)
+    else:
+        checked(capsys.readouterr().out)
