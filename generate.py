@@ -30,7 +30,7 @@ from textloader import EOS_IX, HERE, PAD_IX, LabError, Parser, clean, code2strin
 RUNS = HERE / "runs"
 MAXLEN = 200
 BUDGET = 500_000  # prefixes that exact search expands before it gives up
-FRONTIER_BYTES = 2**27  # of the prefixes that exact search holds
+FRONTIER_BYTES = 2**26  # of the prefixes that exact search holds
 BATCH, SEED_BEAM = 512, 100  # prefixes that it expands at once; the beam that it starts from
 BEAM, NUCLEUS = 5, 0.9  # where the command line names none
 WIDEST = 4096  # beam that is tried in search of an optimum
@@ -527,14 +527,15 @@ class Frontier:
         map_state(lambda part: sizes.append(part.numel() * part.element_size() // part.shape[-2]), parents)
         self.capacity = max(1, FRONTIER_BYTES // (sum(sizes) + 32 * V))  # slots; 32 bytes for a child
         self.slots = map_state(lambda part: part.new_empty(*part.shape[:-2], self.capacity, part.shape[-1]), parents)
-        codes = torch.empty(0, dtype=torch.int64, device=scores.device)
-        self.waiting = (scores.new_empty(0), scores.new_empty(0), codes, codes)
-        self.room = self.capacity
+        integers = torch.empty(0, dtype=torch.int64, device=scores.device)
+        self.waiting = (scores.new_empty(0), scores.new_empty(0), integers, integers)
+        self.uses = integers.new_zeros(self.capacity)  # of each slot, by those that wait
+        self.room, self.gone, self.floor = self.capacity, 0, NEVER
 
     def push(self, scores, own, symbols, rows, parents) -> float:
         """Add the children (n,) of `rows` (n,) of `parents`; return the best score that had no room (or −inf)."""
         mothers, rows = rows.unique(return_inverse=True)
-        free = (torch.bincount(self.waiting[3], minlength=self.capacity) == 0).nonzero()[:, 0]
+        free = (self.uses == 0).nonzero()[:, 0]
         self.room = max(0, len(free) - len(mothers))
         lost = scores[rows >= len(free)]
         scores, own, symbols, rows = (column[rows < len(free)] for column in (scores, own, symbols, rows))
@@ -542,24 +543,38 @@ class Frontier:
         map_state(lambda slot, part: slot.index_copy_(-2, slots, part), self.slots, select(parents, mothers))
         children = (scores, own, symbols, slots[rows])
         self.waiting = tuple(torch.cat(pair) for pair in zip(self.waiting, children, strict=True))
+        self.uses += torch.bincount(children[3], minlength=self.capacity)
         return lost.max().item() if len(lost) else NEVER
 
     def pop(self, count: int, floor: float):
         """Take out the `count` prefixes to expand next, for `Exact.expand`; None if there is none above `floor`."""
-        scores, own, symbols, slots = self.waiting
-        keys = scores.masked_fill(scores <= floor, NEVER)
-        count = min(count, int((keys > NEVER).sum()))
         if not count:
             return None
-        if self.room < self.capacity // 2:  # the longest first, in small batches
-            keys, count = keys + 1e9 * self.slots[0][slots, 0], -(-count // 4)
-        chosen = keys.topk(count).indices
+        self.discard(floor)
+        scores, own, symbols, slots = self.waiting
+        keys = scores
+        if self.room < self.capacity // 2:  # the longest first, in smaller batches
+            keys, count = scores + 1e9 * self.slots[0][slots, 0], -(-count // 2)
+        best, chosen = keys.topk(min(count, len(keys)))
+        chosen = chosen[best > NEVER]
+        if not len(chosen):
+            return None
         lengths, codes, state = select(self.slots, slots[chosen])
         codes.scatter_(1, lengths, symbols[chosen, None].to(codes.dtype))
-        keys[chosen] = NEVER
-        left = (keys > NEVER).nonzero()[:, 0]
+        nodes = (scores[chosen], own[chosen], symbols[chosen], lengths + 1, codes, state)
+        scores[chosen] = NEVER
+        self.uses -= torch.bincount(slots[chosen], minlength=self.capacity)
+        self.gone += len(chosen)
+        return nodes
+
+    def discard(self, floor: float) -> None:
+        """Forget those that cannot win: when the floor has risen, or half of them have gone."""
+        if floor == self.floor and self.gone <= len(self.waiting[0]) // 2:
+            return
+        left = (self.waiting[0] > floor).nonzero()[:, 0]
         self.waiting = tuple(column[left] for column in self.waiting)
-        return scores[chosen], own[chosen], symbols[chosen], lengths + 1, codes, state
+        self.uses = torch.bincount(self.waiting[3], minlength=self.capacity)
+        self.floor, self.gone = floor, 0
 
 
 # -------------------------------------------------------------------------------- looking at a text

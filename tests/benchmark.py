@@ -155,12 +155,12 @@ def never_ending(cell: str, library: str):
 
 def with_a_trained_model(folder: Path) -> list[tuple]:
     """Exact search's rate, and the wall time of `generate.py --beam 5` against that of importing torch."""
-    options = ["--run", folder / "run", "--epochs", 1]
+    options = ["--run", folder / "run", "--maxsent", 3000, "--epochs", 2]
     subprocess.run([sys.executable, ROOT / "tp5.py", *map(str, options)], check=True, capture_output=True)
     checkpoint = folder / "run" / "best.pt"
     model, budget = load_model(checkpoint), 50_000
     start = time.perf_counter()
-    generate_exact(model.rnn, model.emb, model.decoder, EOS_IX, budget=budget, min_length=30)
+    generate_exact(model.rnn, model.emb, model.decoder, EOS_IX, budget=budget, min_length=20)
     rate = budget / (time.perf_counter() - start)
     beam = [sys.executable, ROOT / "generate.py", "--beam", "5", "--checkpoint", checkpoint]
     commands = {"ours": beam, "torch": [sys.executable, "-c", "import torch"]}
