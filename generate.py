@@ -661,9 +661,9 @@ def narrowest_beam(rnn, emb, decoder, eos, text, start="", maxlen=MAXLEN, **sear
 # ----------------------------------------------------------------------------------- command line
 
 
-def newest_checkpoint(runs: Path = RUNS) -> Path:
-    """`best.pt` of the newest run in `runs`; raises LabError if there is none."""
-    found = sorted(runs.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
+def newest_checkpoint(runs: Path = RUNS, name: str = "best.pt") -> Path:
+    """The checkpoint of this name that was saved last in `runs`; raises LabError if there is none."""
+    found = sorted(runs.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise LabError(f"no run in {runs} yet: train one first with `python tp5.py --model lstm`")
     return found[-1]
@@ -772,6 +772,7 @@ def show(options, parts) -> None:
 
 
 def parse_options():
+    """The command line's options; LabError for those that do not go together."""
     parser = Parser(prog="generate.py", description="Write sentences with a trained model.")
     add = parser.add_argument
     add("--greedy", action="store_true", help="take the likeliest symbol each time")

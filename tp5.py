@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from generate import RUNS, generate, generate_beam
+from generate import RUNS, generate, generate_beam, newest_checkpoint
 from textloader import (
     BATCH_SIZE,
     CORPUS,
@@ -1015,6 +1015,7 @@ NOT_SAVED = ("run", "resume", "device", "save_every")  # they belong to a comman
 
 
 def command_parser() -> Parser:
+    """All options of the command line, with their ranges and defaults."""
     parser = Parser(prog="tp5.py", description="Train a character model with a recurrent cell written by hand.")
     add = parser.add_argument
     add("--model", choices=CELLS, default="lstm", help="the recurrent cell")
@@ -1044,6 +1045,7 @@ def command_parser() -> Parser:
 
 
 def parse_options():
+    """The command line's options; LabError for those that do not go together or that this machine cannot do."""
     options = command_parser().parse_args()
     if options.run and options.resume:
         raise LabError("--run does not go with --resume: a run goes on in its own folder")
@@ -1069,14 +1071,6 @@ def new_folder(options) -> Path:
                 folder = folder.with_name(folder.name + "+")
     except OSError as error:
         raise LabError(f"cannot make the folder {folder}: {error.strerror}") from None
-
-
-def newest_run() -> Path:
-    """The folder of the run that was saved last."""
-    found = sorted(RUNS.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise LabError(f"no run in {RUNS} to resume: train one with `python tp5.py --model lstm`")
-    return found[-1].parent
 
 
 def take_over(options, saved: dict) -> None:
@@ -1147,7 +1141,7 @@ def begin(options) -> None:
 
 def resume(options) -> None:
     """Go on with a run."""
-    folder = newest_run() if options.resume == "newest" else Path(options.resume)
+    folder = newest_checkpoint(name="last.pt").parent if options.resume == "newest" else Path(options.resume)
     last = folder / "last.pt"
     if not last.exists():
         raise LabError(f"cannot read {last}: there is no run to resume")
