@@ -124,9 +124,9 @@ class Cell(nn.Module):
         """One time step: W (G·H, H), px (G·H, B), states (H, B) → the states after, the gates."""
         raise NotImplementedError
 
-    def weight_gradient(self, d_a, h_before, *_):
+    def weight_gradient(self, d_a, h, *_):
         """Σ_t ∂L/∂a_t·h_{t-1}ᵀ: d_a (G·H, T·B) and what was fed back (T, H, B) → (G·H, H)."""
-        return d_a @ side_by_side(h_before, d_a.dtype).t()
+        return d_a @ side_by_side(h[:-1], d_a.dtype).t()
 
     def one_step(self, projected, state):
         """One time step: projected (B, G·H) and the state before → the state after."""
@@ -179,20 +179,22 @@ def times(W, h, plus=None):
 def through_time(cell, projected, W, *state, record=None):
     """The loop over time: projected (T, B, G·H), states (H, B) → output (T, H, B), last states.
 
-    A list `record` gets each step's states before, gates, and memory after.
+    A list `record` gets the states (T + 1, H, B), the first ones included, then the gates (T, H, B).
     """
-    outputs = []
+    states, all_gates = [state], []
     for px in projected.unbind(0):
-        before = state
-        state, gates = cell.equations(W, px.mT, *before)
-        outputs.append(state[0])
+        state, gates = cell.equations(W, px.mT, *state)
+        states.append(state)
         if record is not None:
-            record.append((*before, *gates, *state[1:]))
+            all_gates.append(gates)
         if cell.watched is not None:
             shown = dict(zip(cell.gates + cell.states, gates + state, strict=True))
             for name, values in shown.items():
                 cell.watched.setdefault(name, []).append(values.detach().mT)
-    return torch.stack(outputs), *state
+    if record is None:
+        return torch.stack([h for h, *_ in states[1:]]), *state
+    record += map(torch.stack, (*zip(*states, strict=True), *zip(*all_gates, strict=True)))
+    return record[0][1:], *state
 
 
 class ThroughTime(torch.autograd.Function):
@@ -211,20 +213,21 @@ class ThroughTime(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cell, projected, W, *state):
-        ctx.cell, ctx.record = cell, []
-        ctx.save_for_backward(W)
-        output, *state = through_time(cell, projected, W, *state, record=ctx.record)
-        return output, *(part.clone() for part in state)  # an output that ctx holds would never be freed
+        ctx.cell, record = cell, []
+        outputs = through_time(cell, projected, W, *state, record=record)
+        ctx.save_for_backward(W, *record)
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_output, *d_state):
-        cell, (W,) = ctx.cell, ctx.saved_tensors
-        record = [torch.stack(values) for values in zip(*ctx.record, strict=True)]  # (T, H, B) each
+        cell, (W, *record) = ctx.cell, ctx.saved_tensors
         slopes, *others = cell.slopes(*record)  # (T, G, H, B), others (T, H, B)
         W_T = W.t().contiguous()
-        for d_h, slope, *other in reversed([*zip(d_output, slopes, *others, strict=True)]):
-            d_state = cell.back(W_T, slope, *other, d_state[0] + d_h, *d_state[1:])
+        *elsewhere, d_h = torch.cat([torch.zeros_like(d_output[:1]), d_output])  # h_0 did nothing elsewhere
+        d_state = d_state[0] + d_h, *d_state[1:]
+        for slope, *other in reversed([*zip(slopes, *others, elsewhere, strict=True)]):
+            d_state = cell.back(W_T, slope, *other, *d_state)
         d_a = side_by_side(slopes, W.dtype).flatten(0, 1)  # (G·H, T·B): the slopes became gradients
         d_W = cell.weight_gradient(d_a, *record)
         d_projected = d_a.to(slopes.dtype).view(len(W), len(d_output), -1).permute(1, 2, 0)
@@ -240,12 +243,12 @@ class RNN(Cell):
         h = torch.tanh(times(W, h, px))
         return (h,), (h,)
 
-    def slopes(self, h_before, h):
-        return (torch.stack([1 - h**2], dim=1),)
+    def slopes(self, h, *_):
+        return (1 - h[1:, None] ** 2,)
 
-    def back(self, W_T, slope, d_h):
+    def back(self, W_T, slope, elsewhere, d_h):
         d_a = slope[0].mul_(d_h)
-        return (times(W_T, d_a),)
+        return (times(W_T, d_a, elsewhere),)
 
 
 class LSTM(Cell):
@@ -278,17 +281,17 @@ class LSTM(Cell):
         h = o * torch.tanh(C)
         return (h, C), (f, i, candidate, o)
 
-    def slopes(self, h_before, C_before, f, i, candidate, o, C):
+    def slopes(self, h, C, f, i, candidate, o):
         """Of f, i and the candidate on C, of o on h; the forget gate; the slope of C on h."""
-        tanh_C = torch.tanh(C)
-        on_C = sigmoid_slope(C_before, f), sigmoid_slope(candidate, i), tanh_slope(i, candidate)
+        tanh_C = torch.tanh(C[1:])
+        on_C = sigmoid_slope(C[:-1], f), sigmoid_slope(candidate, i), tanh_slope(i, candidate)
         return torch.stack([*on_C, sigmoid_slope(tanh_C, o)], dim=1), f, tanh_slope(o, tanh_C)
 
-    def back(self, W_T, slope, f, C_on_h, d_h, d_C):
+    def back(self, W_T, slope, f, C_on_h, elsewhere, d_h, d_C):
         d_C = torch.addcmul(d_C, d_h, C_on_h)
         slope[:3].mul_(d_C)
         slope[3].mul_(d_h)
-        return times(W_T, slope.flatten(0, 1)), d_C * f
+        return times(W_T, slope.flatten(0, 1), elsewhere), d_C * f
 
 
 class GRU(Cell):
@@ -312,22 +315,22 @@ class GRU(Cell):
         h = (1 - z) * h + z * candidate
         return (h,), (z, r, candidate)
 
-    def slopes(self, h_before, z, r, candidate):
+    def slopes(self, h, z, r, candidate):
         """Of z on h, of r on r ⊗ h, of the candidate on h; what h keeps of itself; the reset gate."""
-        of_z, of_r = sigmoid_slope(candidate - h_before, z), sigmoid_slope(h_before, r)
+        of_z, of_r = sigmoid_slope(candidate - h[:-1], z), sigmoid_slope(h[:-1], r)
         return torch.stack([of_z, of_r, tanh_slope(z, candidate)], dim=1), 1 - z, r
 
-    def back(self, W_T, slope, kept, r, d_h):
+    def back(self, W_T, slope, kept, r, elsewhere, d_h):
         W_zr_T, W_T = W_T.split([2 * self.hidden_size, self.hidden_size], dim=1)
         slope[::2].mul_(d_h)  # z and the candidate
         d_reset = times(W_T, slope[2])  # of r ⊗ h
         slope[1].mul_(d_reset)
-        return (times(W_zr_T, slope[:2].flatten(0, 1), d_h * kept + d_reset * r),)
+        return (times(W_zr_T, slope[:2].flatten(0, 1), elsewhere + d_h * kept + d_reset * r),)
 
-    def weight_gradient(self, d_a, h_before, z, r, candidate):
+    def weight_gradient(self, d_a, h, z, r, candidate):
         d_zr, d_candidate = d_a.split([2 * self.hidden_size, self.hidden_size])
-        fed = side_by_side(r * h_before, d_a.dtype)  # the candidate's matrix multiplied r ⊗ h
-        return torch.cat([super().weight_gradient(d_zr, h_before), d_candidate @ fed.t()])
+        fed = side_by_side(r * h[:-1], d_a.dtype)  # the candidate's matrix multiplied r ⊗ h
+        return torch.cat([super().weight_gradient(d_zr, h), d_candidate @ fed.t()])
 
 
 CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
