@@ -18,9 +18,11 @@ Shapes: K beams or prefixes, V symbols. Scores are log-probabilities in nats, in
 """
 
 import math
+import re
 import time
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -658,15 +660,45 @@ def narrowest_beam(rnn, emb, decoder, eos, text, start="", maxlen=MAXLEN, **sear
     return None
 
 
+SPANS = (8, 16, 32)  # characters
+
+
+def copied(groups: dict, corpus: str) -> dict:
+    """Learned or copied: of the texts in each group, the shares of words and substrings that `corpus` has too.
+
+    groups   name → texts; substrings are those of each length in SPANS
+
+    Returns name → shares, NaN where there is nothing to share. One walk through the corpus, no copy of it.
+    """
+
+    def words(text):
+        return re.findall(r"[\w']+", text.lower())
+
+    def spans(text, n):
+        return (text[i : i + n] for i in range(len(text) - n + 1))
+
+    shares = {group: {} for group in groups}
+    measures = {f"{n} characters copied": partial(spans, n=n) for n in SPANS}
+    for what, cut in {"words known": words, **measures}.items():
+        items = {group: [item for text in texts for item in cut(text)] for group, texts in groups.items()}
+        known = set().union(*items.values()).intersection(cut(corpus))
+        for group, own in items.items():
+            shares[group][what] = sum(item in known for item in own) / len(own) if own else math.nan
+    return shares
+
+
 # ----------------------------------------------------------------------------------- command line
 
 
 def newest_checkpoint(runs: Path = RUNS, name: str = "best.pt") -> Path:
-    """The checkpoint of this name that was saved last in `runs`; raises LabError if there is none."""
-    found = sorted(runs.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    """The checkpoint of this name that was saved last in `runs`, else the reference; LabError if there is none."""
+    reference = runs / "reference"
+    own = [path for path in runs.glob(f"**/{name}") if reference not in path.parents]
+    if not own and (reference / "lstm" / name).exists():
+        return reference / "lstm" / name
+    if not own:
         raise LabError(f"no run in {runs} yet: train one first with `python tp5.py --model lstm`")
-    return found[-1]
+    return max(own, key=lambda path: path.stat().st_mtime)
 
 
 def show_trace(hypothesis, start: str, parts, alpha: float) -> None:

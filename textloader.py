@@ -111,6 +111,39 @@ def code2string(codes) -> str:
     return "".join(id2lettre[int(code)] for code in codes if code not in (PAD_IX, EOS_IX))
 
 
+CLASSES = dict(
+    vowel="[aeiou]", consonant="[a-z]", capital="[A-Z]", digit="[0-9]", space=" ", punctuation=".", code=".*"
+)
+
+
+def class_of(symbol: str) -> str:
+    """The first of CLASSES that a symbol belongs to; BLANK and EOS are a "code"."""
+    return next(name for name, pattern in CLASSES.items() if re.fullmatch(pattern, symbol))
+
+
+# What a person can say of the character just read: the stretches of text where it holds, then counts.
+STRETCHES = {
+    "inside a quotation": r'"[^"]*"?',
+    "inside brackets": r"[(\[][^)\]]*",
+    "in a capitalised word": r"[A-Z][\w']*",
+    "in a number": r"\d[\d.,]*",
+    "after a vowel": r"[aeiouAEIOU]",
+    "after a space": r" ",
+}
+FEATURES = (*STRETCHES, "position in the sentence", "position in the word")
+
+
+def features(text: str) -> torch.Tensor:
+    """FEATURES after 0, 1, … n characters of `text`, a stretch as 1 or 0: (n + 1, features)."""
+    found = torch.zeros(len(text) + 1, len(FEATURES))
+    for i, pattern in enumerate(STRETCHES.values()):
+        for match in re.finditer(pattern, text):
+            found[match.start() + 1 : match.end() + 1, i] = 1
+    found[:, -2] = torch.arange(len(text) + 1)
+    found[:, -1] = torch.tensor([n - 1 - text.rfind(" ", 0, n) for n in range(len(text) + 1)])
+    return found
+
+
 # -------------------------------------------------------------------------------------- sentences
 
 # A . ! or ? with closing quotes or brackets, then white space or the end: "3.5" ends nothing.

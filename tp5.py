@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import zipfile
+from bisect import bisect_left
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
 from itertools import islice
@@ -33,11 +34,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from generate import RUNS, generate, generate_beam, newest_checkpoint
+from generate import BEAM, NUCLEUS, RUNS, copied, generate, generate_beam, newest_checkpoint
 from textloader import (
     BATCH_SIZE,
     CORPUS,
     EOS_IX,
+    FEATURES,
     LETTRES,
     PAD_IX,
     SYMBOLS,
@@ -45,11 +47,17 @@ from textloader import (
     LabError,
     Parser,
     TextDataset,
+    class_of,
+    clean,
+    code2string,
+    features,
+    id2lettre,
     number,
     one_line,
     pad_collate_fn,
     read_text,
     run_main,
+    string2code,
 )
 
 HIDDEN = 256
@@ -363,9 +371,14 @@ class CharModel(nn.Module):
         self.rnn = CELLS[cell](embedding_size, hidden_size)
         self.decoder = nn.Linear(hidden_size, SYMBOLS)  # uniform, as torch draws it
 
+    @staticmethod
+    def inputs(targets):
+        """What is read to predict targets (T, B): EOS opens, then comes each symbol but the last."""
+        return torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])
+
     def forward(self, targets):
         """Targets (T, B), each sentence closed by EOS → logits (T, B, V) that predict exactly those."""
-        inputs = torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])  # EOS opens too
+        inputs = self.inputs(targets)
         if isinstance(self.rnn, Cell):
             # Only V symbols exist: project each once, then look up instead of multiplying T·B times.
             table = self.rnn.project(self.emb.weight).t()  # (G·H, V), a column for each symbol
@@ -387,6 +400,101 @@ def evaluate(model, loader, device) -> float:
         symbols += count
     nats, symbols = everywhere(nats, symbols)
     return nats / symbols
+
+
+# --------------------------------------------------------------------------------- looking inside
+
+LAGS = 40  # characters that a loss is followed back
+
+
+def gradient_flow(model, batch, lags: int = LAGS, seed: int = 0) -> dict:
+    """How far back a loss is felt: ‖∂loss_t/∂s_{t−k}‖ for each state s and k = 0 … lags, mean over sentences.
+
+    Of each sentence in batch (T, B) that is long enough, one symbol t is drawn, and only its loss
+    counts. So no two losses meet in a column, and one backward pass gives the gradients of all.
+    They are total derivatives: what C does by way of its own h is C's. Returns name → (lags + 1,).
+    """
+    cell, steps = model.rnn, []
+    lengths = (batch != PAD_IX).sum(0)
+    batch, lengths = batch[:, lengths > lags], lengths[lengths > lags]
+    draw = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)).to(batch.device)
+    t, b = lags + (draw * (lengths - lags)).long(), torch.arange(len(lengths), device=batch.device)
+    projected = cell.project(model.emb(model.inputs(batch[: t.max() + 1])))
+    state = columns(cell.zero_state(projected[0]))
+    for px in projected.unbind(0):
+        state, _ = cell.equations(cell.hidden_weight, px.mT, *state)
+        steps.append(state)
+    output = torch.stack([h for h, *_ in steps])  # (T, H, B)
+    loss = F.cross_entropy(model.decoder(output[t, :, b]), batch[t, b], reduction="sum")
+    flow = {}
+    for name, parts in zip(cell.states, zip(*steps, strict=True), strict=True):
+        slopes = torch.autograd.grad(loss, parts, retain_graph=True, materialize_grads=True)
+        norms = torch.stack(slopes).norm(dim=1)  # (T, B)
+        flow[name] = norms.gather(0, t - torch.arange(lags + 1, device=t.device)[:, None]).mean(1)
+    return flow
+
+
+@torch.no_grad()
+def recurrence(cell) -> dict:
+    """Largest singular value and spectral radius of each gate's recurrent matrix."""
+    found = {}
+    for gate, W in zip(cell.gates, cell.hidden_weight.chunk(len(cell.gates)), strict=True):
+        found[f"{gate}_singular_value"] = torch.linalg.matrix_norm(W, 2).item()
+        found[f"{gate}_spectral_radius"] = torch.linalg.eigvals(W).abs().max().item()
+    return found
+
+
+@torch.no_grad()
+def units(model, batch) -> dict:
+    """What the cell shows while it reads batch (T, B): gate or state → (real symbols, H), sentence by sentence."""
+    with watch(model.rnn) as seen:
+        model(batch.to(model.emb.weight.device))
+    real = (batch != PAD_IX).t()
+    return {name: torch.stack(steps, 1).cpu()[real] for name, steps in seen.items()}
+
+
+def tracking(model, batches) -> dict:
+    """Correlation of every unit with each of FEATURES over the real symbols of (T, B) batches.
+
+    Returns gate or state → (features, H); 0 where the unit or the feature never changes.
+    """
+    known = [features(code2string(sentence)) for batch in batches for sentence in batch.t().tolist()]
+    known, seen, found = torch.cat(known).t(), [units(model, batch) for batch in batches], {}
+    for name in seen[0]:
+        values = torch.cat([part[name] for part in seen]).t()  # (H, symbols)
+        found[name] = torch.cat([known, values]).corrcoef()[: len(known), len(known) :].nan_to_num()
+    return found
+
+
+def followers(correlations: dict) -> list[dict]:
+    """For each feature the unit that follows it most closely, of all gates and states."""
+    rows = []
+    for i, feature in enumerate(FEATURES):
+        gate = max(correlations, key=lambda name: correlations[name][i].abs().max())
+        unit = correlations[gate][i].abs().argmax().item()
+        r = correlations[gate][i, unit].item()
+        rows.append({"what it follows": feature, "gate or state": gate, "unit": unit, "correlation": r})
+    return rows
+
+
+def picture(values, text: str):
+    """Values (n + 1, H) while `text` was read as an image, (height, width, 3): units down, characters across.
+
+    Blue is a closed gate or a negative state, white half open or 0, red open or positive. Units
+    that rise and fall together stand together: they are sorted along the first principal component.
+    """
+    from PIL import Image, ImageDraw  # comes with TensorBoard
+
+    signed = 2 * values - 1 if values.min() >= 0 else values / values.abs().max().clamp(min=1)
+    order = torch.linalg.svd(signed - signed.mean(0), full_matrices=False).Vh[0].argsort()
+    signed = signed[:, order].t()  # (H, n + 1)
+    colours = torch.stack([1 + signed.clamp(max=0), 1 - signed.abs(), 1 - signed.clamp(min=0)], -1)
+    pixels = (255 * colours).byte().numpy().repeat(max(2, 400 // len(order)), 0).repeat(8, 1)
+    image = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + 14), "white")
+    image.paste(Image.fromarray(pixels), (0, 14))
+    for i, char in enumerate(text, start=1):  # column 0 is that of EOS
+        ImageDraw.Draw(image).text((8 * i + 1, 1), char, "black")
+    return np.asarray(image)
 
 
 # ------------------------------------------------------------------------------------- monitoring
@@ -411,24 +519,27 @@ INTERVAL = dict(steps=0, symbols=0, clipped=0, nats=0.0, seconds=0.0)  # sums si
 class Monitor:
     """Question 5: what TensorBoard shows of a run.
 
-    `scalars_every` and `histograms_every` count training steps; 0 turns either off. What an
-    interrupted run wrote at `step` or later is struck out; `interval` is its interval under way.
+    `scalars_every` and `histograms_every` count training steps; 0 turns either off, the latter with
+    all that is shown of the cells' inside. What an interrupted run wrote at `step` or later is struck
+    out; `interval` is its interval under way.
     """
 
-    def __init__(self, folder, options, step: int, interval: dict | None = None):
+    def __init__(self, folder, options, step: int | None, interval: dict | None = None, name: str = ""):
         self.writer, self.interval = None, dict(interval or INTERVAL)
         self.scalars_every, self.histograms_every = options.scalars_every, options.histograms_every
         if not RANK:
-            self.open(folder, step)
+            self.open(folder, step, name)
 
-    def open(self, folder, step: int) -> None:
-        """Begin an events file."""
+    def open(self, folder, step: int | None, name: str) -> None:
+        """Begin an events file; with a `name`, in place of the older one of that name."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
 
         before = threading.excepthook  # the writer's thread also hands an OSError to our next call
         threading.excepthook = lambda failed: isinstance(failed.exc_value, OSError) or before(failed)
         try:
-            self.writer = SummaryWriter(folder, purge_step=step)
+            for old in folder.glob(f"events*.{name}") if name else ():
+                old.unlink()
+            self.writer = SummaryWriter(folder, purge_step=step, filename_suffix=name and f".{name}")
         except OSError as error:
             self.give_up(error)
 
@@ -464,12 +575,53 @@ class Monitor:
             self.interval = dict(INTERVAL)
 
     @while_writable
-    def epoch(self, step: int, valid: float, samples: dict[str, str]) -> None:
-        """The validation loss and the sentences of an epoch."""
+    def epoch(self, step: int, valid: float, samples: dict[str, str], cell) -> None:
+        """The validation loss, the sentences and the recurrent matrices of an epoch."""
         self.writer.add_scalar("loss/validation", valid, step)
         self.writer.add_scalar("loss/validation_bits_per_character", valid / math.log(2), step)
         for decoder, text in samples.items():
             self.writer.add_text(f"samples/{decoder}", text.replace("<", "&lt;"), step)
+        for what, size in recurrence(cell).items() if self.histograms_every else ():
+            self.writer.add_scalar(f"recurrence/{what}", size, step)
+
+    @while_writable
+    def flow(self, model, batch, when: str) -> None:
+        """Gradient flow over a batch, a curve for each state; its step is the lag, in characters."""
+        lags = min(LAGS, int((batch != PAD_IX).sum(0).max()) - 1)
+        for state, norms in gradient_flow(model, batch, lags).items():
+            for lag, norm in enumerate(norms.tolist()):
+                self.writer.add_scalar(f"gradient_flow/{state}_{when}", norm, lag)
+
+    @while_writable
+    def look(self, model, text: str, number: int) -> None:
+        """An image of every gate and state while `text` is read."""
+        for name, values in units(model, pad_collate_fn([string2code(text)])).items():
+            image = picture(values, clean(text)[0])
+            self.writer.add_image(f"look/{model.cell}/{name}", image, number, dataformats="HWC")
+
+    @while_writable
+    def symbols(self, emb, folder) -> None:
+        """The embedding for the projector, labelled by symbol and class."""
+        labels = [[symbol.replace(" ", "space"), class_of(symbol)] for symbol in id2lettre.values()]
+        (folder / "projector_config.pbtxt").unlink(missing_ok=True)  # the writer would add to it
+        with redirect_stdout(None):  # and warn of labels that are there already
+            self.writer.add_embedding(emb.weight, labels, tag="symbols", metadata_header=["symbol", "class"])
+
+    @while_writable
+    def summary(self, options: dict, figures: dict, step: int) -> None:
+        """A row for the hparams view: the run's options and its figures."""
+        from torch.utils.tensorboard.summary import hparams
+
+        figures = {f"summary/{name.replace(' ', '_')}": value for name, value in figures.items()}
+        options = {name: value for name, value in options.items() if value is not None}
+        for part in hparams(options, figures):  # the writer's own add_hparams would make a run of its own
+            self.writer.file_writer.add_summary(part)
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    @while_writable
+    def text(self, tag: str, text: str) -> None:
+        self.writer.add_text(tag, text.replace("<", "&lt;"))
 
     @while_writable
     def flush(self) -> None:
@@ -481,21 +633,32 @@ class Monitor:
         self.writer.close()
 
 
-def samples(model, seed: int) -> dict[str, str]:
-    """One sentence of each decoder, with its log-probability."""
+def samples(model, start: str, seed: int) -> dict:
+    """What each decoder makes of `start`: name → Hypothesis. Each draws from the seed anew."""
     parts = (model.rnn, model.emb, model.decoder, EOS_IX)
-    generator = torch.Generator().manual_seed(seed)
-    found = {
-        "greedy": generate(*parts),
-        "sampled": generate(*parts, temperature=1.0, generator=generator),
-        "beam": generate_beam(*parts, 5)[0],
+
+    def drawn(**space):
+        return generate(*parts, start, temperature=1.0, generator=torch.Generator().manual_seed(seed), **space)
+
+    beam, nucleus_beam = (generate_beam(*parts, BEAM, start, n=1, alpha=alpha)[0] for alpha in (1.0, NUCLEUS))
+    return {
+        "greedy": generate(*parts, start),
+        "sampled": drawn(),
+        "nucleus": drawn(alpha=NUCLEUS),
+        "beam": beam,
+        "nucleus beam": nucleus_beam,
     }
-    return {name: f"{h.text}{'' if h.ended else ' …'}   ({h.log_prob:.1f} nats)" for name, h in found.items()}
+
+
+def shown(hypothesis, start: str = "") -> str:
+    """A sentence with its log-probability."""
+    cut = "" if hypothesis.ended else " …"
+    return f"{start}{hypothesis.text}{cut}   ({hypothesis.log_prob:.1f} nats)"
 
 
 # ------------------------------------------------------------------------------------ checkpoints
 
-FORMAT = 2
+FORMAT = 3
 FIELDS = {
     "format": int,
     "alphabet": str,
@@ -508,6 +671,7 @@ FIELDS = {
     "random": dict,
     "progress": dict,
     "interval": dict,
+    "norms": torch.Tensor,
 }
 # All that the pickle in a checkpoint may name.
 GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch ByteStorage"}
@@ -643,7 +807,7 @@ def checked_options(saved: dict) -> argparse.Namespace:
         if value is not None and value is not False:
             arguments.append(option if value is True else f"{option}={value}")
     options = command_parser().parse_args(arguments)
-    parsed = {name: value for name, value in vars(options).items() if name not in NOT_SAVED}
+    parsed = to_save(options)
     if parsed != saved or kinds(parsed) != kinds(saved):
         raise LabError("its options are not those of this program")
     return options
@@ -668,6 +832,7 @@ def check_tensors(checkpoint: dict, size: int) -> None:
     """Raise unless weights, moments and random states have the model's shapes and the file's `size`."""
     weights, moments, random = checkpoint["weights"], checkpoint["optimizer"], checkpoint["random"]
     tensors = [*weights.values(), *random.values(), *(t for parts in moments.values() for t in parts.values())]
+    tensors.append(checkpoint["norms"])
     if any(type(t) is not torch.Tensor or t.device.type != "cpu" for t in tensors):
         raise LabError("something stands in place of a tensor")
     if sum(t.numel() * t.element_size() for t in tensors) > size:
@@ -676,8 +841,11 @@ def check_tensors(checkpoint: dict, size: int) -> None:
         model = CharModel(**checkpoint["model"])
     check_shapes(weights, {name: value.shape for name, value in model.state_dict().items()}, "weights")
     steps = checkpoint["progress"]["step"] - checkpoint["progress"]["skipped"]  # that the optimiser made
-    parameters = dict(enumerate(model.parameters())) if steps else {}
-    if moments.keys() != parameters.keys():
+    check_shapes({"norms": checkpoint["norms"]}, {"norms": (steps,)}, "gradient norms")
+    if steps and checkpoint["norms"].min() < 0:
+        raise LabError("its gradient norms are below 0")
+    parameters = dict(enumerate(model.parameters())) if moments else {}  # a best.pt has no moments
+    if moments.keys() != parameters.keys() or (moments and not steps):
         raise LabError("its optimiser is not that of its model")
     for i, parameter in parameters.items():
         shapes = dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape)
@@ -821,10 +989,21 @@ def cosine(step: int, steps: int) -> float:
 
 
 # `batch` of `epoch` comes next; nats, symbols and seconds are the epoch's sums so far; steps skipped
-# since the start, and the last ones in a row; seconds trained since the start.
+# since the start, and the last ones in a row; seconds trained and symbols read since the start; the
+# training loss of the last whole epoch.
 START = dict(
-    epoch=0, batch=0, step=0, nats=0.0, symbols=0, seconds=0.0, best=math.inf, skipped=0, in_row=0, trained=0.0
+    **dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, seconds=0.0, best=math.inf, skipped=0, in_row=0),
+    **dict(trained=0.0, read=0, train=math.inf),
 )
+
+
+def initial_model(options) -> CharModel:
+    """The model that the seed makes, its recurrent matrices multiplied by `recurrent_scale`."""
+    torch.manual_seed(options.seed)
+    model = CharModel(**configuration(options)).to(options.device)
+    with torch.no_grad():
+        model.rnn.hidden_weight *= options.recurrent_scale
+    return model
 
 
 class Training:
@@ -838,14 +1017,13 @@ class Training:
         self.bf16 = options.precision == "bf16" and has_bfloat16(options.device)
         if self.bf16 != (options.precision == "bf16"):
             print("--precision bf16: this machine has no fast bfloat16, training goes on in float32")
-        torch.manual_seed(options.seed)
-        self.model = CharModel(**configuration(options)).to(options.device)
+        self.model = initial_model(options)
         self.train, self.valid = batches(train, options, True), batches(valid, options, False)
         self.steps = options.epochs * len(self.train)
         self.parallel = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
         # A short memory of squared gradients: over few epochs, ahead of Adam's usual 0.999.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95), fused=True)
-        self.progress, self.interval = dict(START), None
+        self.progress, self.interval, self.norms = dict(START), None, []
 
     def checkpoint(self) -> dict:
         """Everything needed to go on to the bit, as tensors and plain values."""
@@ -859,11 +1037,12 @@ class Training:
             "weights": dict(self.model.state_dict()),
             "corpus": self.corpus,
             "processes": WORLD,
-            "options": {name: value for name, value in vars(self.options).items() if name not in NOT_SAVED},
+            "options": to_save(self.options),
             "optimizer": self.optimizer.state_dict()["state"],
             "random": random,
             "progress": dict(self.progress),
             "interval": dict(self.monitor.interval),
+            "norms": torch.tensor(self.norms),
         }
 
     def restore(self, checkpoint: dict, path) -> None:
@@ -873,7 +1052,9 @@ class Training:
         done = checkpoint["progress"]
         if done["batch"] >= len(self.train) or done["step"] != done["epoch"] * len(self.train) + done["batch"]:
             raise LabError(f"{path} is damaged: its progress does not fit its corpus")
-        self.progress, self.interval = dict(done), checkpoint["interval"]
+        if len(checkpoint["norms"]) and not checkpoint["optimizer"]:
+            raise LabError(f"{path} has weights to write with, but no optimiser to go on with: train a new run")
+        self.progress, self.interval, self.norms = dict(done), checkpoint["interval"], checkpoint["norms"].tolist()
         self.model.load_state_dict(checkpoint["weights"])
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint["optimizer"]})
         torch.set_rng_state(checkpoint["random"]["cpu"])
@@ -903,6 +1084,7 @@ class Training:
         if finite:
             rate, limit = self.options.lr * cosine(step, self.steps), self.options.clip or math.inf
             self.update(rate, norm, limit)
+            self.norms.append(norm)
             self.monitor.step(step, rate, norm, steps=1, clipped=norm > limit, **sums)
             done.update({name: done[name] + more for name, more in sums.items()}, in_row=0)
         else:
@@ -959,10 +1141,12 @@ class Training:
         valid = evaluate(self.model, share(self.valid), self.options.device)
         if not math.isfinite(valid):
             raise self.diverged("the validation loss is")
-        sentences = {} if RANK else samples(self.model, self.options.seed + done["epoch"])
-        self.monitor.epoch(done["step"] - 1, valid, sentences)  # with the step just done: a resumed run keeps it
-        done["trained"] += done["seconds"]
-        train = done["nats"] / done["symbols"] if done["symbols"] else math.nan  # all steps skipped
+        found = {} if RANK else samples(self.model, "", self.options.seed + done["epoch"])
+        sentences = {decoder: shown(hypothesis) for decoder, hypothesis in found.items()}
+        # With the step just done: a resumed run keeps it.
+        self.monitor.epoch(done["step"] - 1, valid, sentences, self.model.rnn)
+        train = done["nats"] / done["symbols"] if done["symbols"] else math.inf  # all steps skipped
+        done.update(trained=done["trained"] + done["seconds"], read=done["read"] + done["symbols"], train=train)
         speed = done["symbols"] / max(done["seconds"], 1e-9)
         print(
             f"epoch {done['epoch'] + 1}/{self.options.epochs}: training {train:.3f} nats, validation {valid:.3f} nats "
@@ -972,7 +1156,7 @@ class Training:
         if done["skipped"]:
             print(f"  {done['skipped']:,} steps skipped so far: their loss or gradient was not finite")
         for decoder, sentence in sentences.items():
-            print(f"  {decoder:8s} {sentence}")
+            print(f"  {decoder:12s} {sentence}")
         best_before = done["best"]
         done.update(epoch=done["epoch"] + 1, batch=0, nats=0.0, symbols=0, seconds=0.0, best=min(valid, best_before))
         final = self.stopping or done["epoch"] == self.options.epochs
@@ -982,7 +1166,10 @@ class Training:
         self.save("last.pt", final)
 
     def save(self, name: str, final: bool) -> bool:
-        """Save as `name`, after the curves; whether it went well. Only the `final` save of a command has to."""
+        """Save as `name`, after the curves; whether it went well. Only the `final` save of a command has to.
+
+        `last.pt` is for going on with, `best.pt` for writing: it has no moments, and is a third as big.
+        """
         if RANK:
             return True
         self.monitor.flush()
@@ -991,7 +1178,7 @@ class Training:
         if not all(tensor.isfinite().all() for tensors in learned for tensor in tensors.values()):
             raise self.diverged("a weight or a moment is")
         try:
-            save(self.folder / name, checkpoint)
+            save(self.folder / name, checkpoint if name == "last.pt" else {**checkpoint, "optimizer": {}})
         except LabError as error:
             if final:
                 raise
@@ -1012,21 +1199,159 @@ class Training:
         return self.progress["epoch"] == self.options.epochs
 
 
+# -------------------------------------------------------------------------------------- comparing
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of like keys as a Markdown table."""
+
+    def text_of(value) -> str:
+        if isinstance(value, float):
+            return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
+
+    lines = [[*rows[0]], *([text_of(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def figures(checkpoint: dict) -> dict:
+    """What a run came to when it saved its best model. Training loss: the mean over the last epoch's steps."""
+    done, norms = checkpoint["progress"], checkpoint["norms"]
+    train, valid, limit = done["train"], done["best"], checkpoint["options"]["clip"] or math.inf
+    return {
+        "parameters": sum(weight.numel() for weight in checkpoint["weights"].values()),
+        "seconds": done["trained"],
+        "characters/s": done["read"] / max(done["trained"], 1e-9),
+        "training nats": train,
+        "validation nats": valid,
+        "training bits": train / math.log(2),
+        "validation bits": valid / math.log(2),
+        "perplexity": math.exp(valid),
+        "gradient norm": norms.median().item() if len(norms) else math.nan,
+        "its 99 %": norms.quantile(0.99).item() if len(norms) else math.nan,
+        "clipped": (norms > limit).float().mean().item(),
+    }
+
+
+def some(subset, count: int, length: int):
+    """A batch (T, count) of the first sentences that have `length` characters; of the longest if they are few."""
+    lengths = subset.dataset.lengths[subset.indices]
+    order = np.argsort(-np.minimum(lengths, length), kind="stable")[:count]
+    return pad_collate_fn([subset[i] for i in order])
+
+
+def look_inside(options, folder: Path, valid: DataLoader) -> None:
+    """Write what a finished run's best model shows: figures, gradient flow, units, symbols' map, gates on text."""
+    checkpoint, model = load_checkpoint(folder / "best.pt"), load_model(folder / "best.pt")
+    # A file of its own, made anew: its curves' steps are lags, which a resumed run must not strike out.
+    monitor = Monitor(folder, options, None, name="inside")
+    corpus = {"data": checkpoint["corpus"]["name"]}
+    monitor.summary(checkpoint["options"] | corpus, figures(checkpoint), checkpoint["progress"]["step"])
+    if options.histograms_every:
+        batch, order = some(valid.dataset, 64, LAGS + 1), list(valid.batch_sampler)
+        monitor.flow(initial_model(options).cpu(), batch, "at_start")
+        monitor.flow(model, batch, "trained")
+        monitor.symbols(model.emb, folder)
+        chosen = order[:: -(-len(order) // 8)]  # eight batches, of all lengths
+        batches = DataLoader(valid.dataset, batch_sampler=chosen, collate_fn=pad_collate_fn)
+        found = table(followers(tracking(model, batches)))
+        monitor.text("units/that_follow_the_text", found)
+        print(f"Units of the {model.cell} that follow the text:\n{found}")
+        texts = [code2string(sentence) for sentence in some(valid.dataset, 3, 60).t().tolist()]
+        for i, text in enumerate([options.look] if options.look else texts):
+            monitor.look(model, text, i)
+    monitor.close()
+
+
+def comparable(folder: Path, options):
+    """The best checkpoint of each run in `folder`, by name, and their training and validation sentences."""
+    paths = sorted(folder.glob("**/best.pt"))
+    runs = {path.parent.relative_to(folder).as_posix(): load_checkpoint(path) for path in paths}
+    if not runs:
+        raise LabError(f"no run in {folder} to compare: train some with `python tp5.py --model all`")
+    first, *others = ({**run["options"], "data": run["corpus"]["sha256"]} for run in runs.values())
+    for option in ("data", "seed", "maxlen", "maxsent"):
+        if any(other[option] != first[option] for other in others):
+            raise LabError(f"the runs in {folder} cannot be compared: they differ in --{option}, so in their sentences")
+    train, valid, corpus = load_corpus(argparse.Namespace(**{**first, "data": options.data}))
+    if corpus["sha256"] != first["data"]:
+        raise LabError(f"{options.data} is not the corpus of the runs in {folder}: name theirs with --data")
+    return runs, train, valid
+
+
+def quartiles(texts: list[str]) -> str:
+    """Of the texts' lengths, in characters."""
+    return " ".join(f"{length:.0f}" for length in np.quantile([*map(len, texts)], (0.25, 0.5, 0.75)))
+
+
+def compare(folder: Path, options) -> None:
+    """The runs side by side: figures, what their decoders write, and how much of that is copied."""
+    runs, train, valid = comparable(folder, options)
+    corpus, held_out = ([code2string(sentence) for sentence in part] for part in (train, valid))
+    starts = ["", *dict.fromkeys(sentence.split()[0] + " " for sentence in held_out)][:20]
+    groups, ended, sentences = {("held-out sentences", ""): held_out[:200]}, {}, []
+    for name, run in runs.items():
+        model = load_model(folder / name / "best.pt")
+        found = [samples(model, start, seed) for seed, start in enumerate(starts, run["options"]["seed"])]
+        for decoder in found[0]:
+            groups[name, decoder] = [start + h[decoder].text for start, h in zip(starts, found, strict=True)]
+            ended[name, decoder] = sum(h[decoder].ended for h in found) / len(found)
+            for start, h in zip(starts[:2], found, strict=False):
+                sentences.append(f"- {name}, {decoder}: {shown(h[decoder], start)}")
+    shares = [
+        {"run": key[0], "decoder": key[1], **shares, "ended": ended.get(key, 1.0), "length": quartiles(groups[key])}
+        for key, shares in copied(groups, "\n".join(corpus)).items()
+    ]
+    rows = table([{"run": name, **figures(run)} for name, run in runs.items()])
+    text = "\n\n".join([rows, "\n".join(sentences), table(shares)]) + "\n"
+    print(f"\n{text}\nSaved in {folder / 'comparison.md'}. Next: tensorboard --logdir {folder}")
+    try:
+        (folder / "comparison.md").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LabError(f"cannot write in {folder}: {error.strerror}") from None
+    monitor = Monitor(folder, options, None, name="comparison")
+    monitor.text("comparison", text)
+    monitor.close()
+
+
 # ----------------------------------------------------------------------------------- command line
 
-NOT_SAVED = ("run", "resume", "device", "save_every")  # they belong to a command, not to a run
+# They belong to a command, not to a run.
+NOT_SAVED = ("run", "resume", "compare", "device", "save_every", "minutes", "match_parameters", "look")
+
+
+def to_save(options) -> dict:
+    """The options that belong to a run."""
+    return {name: value for name, value in vars(options).items() if name not in NOT_SAVED}
+
+
+class Models(argparse.Action):
+    """One model as its name; several, or "all", as a list."""
+
+    def __call__(self, parser, options, values, option=None):
+        names = list(CELLS) if "all" in values else list(dict.fromkeys(values))
+        options.model = names if len(names) > 1 else names[0]
 
 
 def command_parser() -> Parser:
     """All options of the command line, with their ranges and defaults."""
     parser = Parser(prog="tp5.py", description="Train a character model with a recurrent cell written by hand.")
     add = parser.add_argument
-    add("--model", choices=CELLS, default="lstm", help="the recurrent cell")
+    add("--model", nargs="+", action=Models, choices=[*CELLS, "all"], default="lstm", metavar="CELL",
+        help="rnn, gru or lstm; several, or all: train one after another, then compare")  # fmt: skip
     add("--data", default=str(CORPUS), metavar="PATH", help="a UTF-8 text file")
     add("--epochs", type=number(int, 1), default=5, metavar="N", help="passes over the training sentences")
+    add("--minutes", type=number(float, 0, above=True), metavar="M",
+        help="as many epochs as take about M minutes, by a short trial; instead of --epochs")  # fmt: skip
     add("--batch-size", type=number(int, 1), default=BATCH_SIZE, metavar="B", help="sentences in a process's batch")
     add("--embedding", type=number(int, 1), default=128, metavar="E", help="size of a symbol's embedding")
     add("--hidden", type=number(int, 1), default=HIDDEN, metavar="H", help="size of the hidden state")
+    add("--match-parameters", action="store_true",
+        help="choose each hidden size so that the model has as many parameters as an LSTM of --hidden")  # fmt: skip
+    add("--recurrent-scale", type=number(float, 0), default=1.0, metavar="FACTOR",
+        help="on the initial recurrent matrices; 3 makes gradients explode: try --clip 0")  # fmt: skip
     add("--lr", type=number(float, 0, above=True), default=8e-3, metavar="RATE", help="peak learning rate")
     add("--clip", type=number(float, 0), default=1.0, metavar="NORM", help="clip gradients to this norm; 0: off")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the split, the weights and the shuffling")
@@ -1038,20 +1363,26 @@ def command_parser() -> Parser:
     add("--threads", type=number(int, 1), metavar="N", help="threads of a process (default: PyTorch's, a core each)")
     add("--scalars-every", type=number(int, 0), default=20, metavar="N", help="steps between scalars; 0: off")
     add("--histograms-every", type=number(int, 0), default=400, metavar="N",
-        help="steps between histograms of gates, gradients and parameters; 0: off")  # fmt: skip
+        help="steps between histograms; 0: off, with all that is shown of the cells' inside")  # fmt: skip
+    add("--look", metavar="TEXT", help="show the gates on this text at the end (default: on validation sentences)")
     add("--save-every", type=number(float, 0), default=30, metavar="SECONDS",
         help="save within an epoch too; 0: only after each")  # fmt: skip
     add("--run", type=Path, metavar="FOLDER", help="where the run goes (default: runs/MODEL-DATE_TIME)")
     add("--resume", nargs="?", const="newest", metavar="RUN",
         help="go on with a run's last.pt (alone: the newest run), with that run's options")  # fmt: skip
+    add("--compare", type=Path, metavar="FOLDER", help="compare the runs in a folder, train nothing")
     return parser
 
 
 def parse_options():
     """The command line's options; LabError for those that do not go together or that this machine cannot do."""
     options = command_parser().parse_args()
-    if options.run and options.resume:
-        raise LabError("--run does not go with --resume: a run goes on in its own folder")
+    if sum(bool(mode) for mode in (options.run, options.resume, options.compare)) > 1:
+        raise LabError("--run, --resume and --compare do not go together: each names a folder")
+    if options.resume and (options.minutes or options.match_parameters):
+        raise LabError("--minutes and --match-parameters are for new runs: --resume goes on with the run's own sizes")
+    if options.look is not None and (not options.look.strip() or clean(options.look)[1]):
+        raise LabError("--look: give a text, and only characters of the alphabet (ASCII)")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise LabError("--device cuda: this PyTorch sees no CUDA device; leave it out to train on the CPU")
     if options.device == "auto":
@@ -1062,7 +1393,8 @@ def parse_options():
 
 def new_folder(options) -> Path:
     """Make the run's folder. One that is named may be there already; of two runs in one second, each has its own."""
-    folder = options.run or RUNS / f"{options.model}-{time.strftime('%Y-%m-%d_%H%M%S')}"
+    name = options.model if isinstance(options.model, str) else "compare"
+    folder = options.run or RUNS / f"{name}-{time.strftime('%Y-%m-%d_%H%M%S')}"
     try:
         while True:
             try:
@@ -1106,24 +1438,59 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
-def train(training: Training) -> None:
-    """Run to the end or to a signal, and say what comes next."""
+def train(training: Training) -> bool:
+    """Run to the end or to a signal, and say what comes next; False if it was stopped."""
     options, folder = training.options, training.folder
-    parameters = sum(p.numel() for p in training.model.parameters())
-    print(f"{options.model} with {parameters:,} parameters on {options.device}, {training.steps:,} steps: {folder}")
+    print(
+        f"{options.model} with {parameters(training.model):,} parameters on {options.device}, "
+        f"{training.steps:,} steps: {folder}"
+    )
     with stop_on_signal() as stop:
         finished = training.run(stop)
-    if finished:
-        chosen = "" if folder.parent == RUNS else f" --checkpoint {folder / 'best.pt'}"
-        print(f"Run saved in {folder}. Next: python generate.py --beam 5{chosen}; tensorboard --logdir {folder.parent}")
-    else:
+    if not finished:
         print(f"Stopped and saved in {folder}. Go on with: python tp5.py --resume {folder}")
+        return False
+    if not RANK:
+        look_inside(options, folder, training.valid)
+    chosen = "" if folder.parent == RUNS else f" --checkpoint {folder / 'best.pt'}"
+    print(f"Run saved in {folder}. Next: python generate.py --beam 5{chosen}; tensorboard --logdir {folder.parent}")
+    return True
+
+
+def parameters(model) -> int:
+    """The number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def matched(options) -> int:
+    """The hidden size with which the model has as many parameters as an LSTM of `options.hidden`."""
+
+    def count(cell, hidden):
+        with torch.device("meta"):
+            return parameters(CharModel(cell, options.embedding, hidden))
+
+    sizes = range(1, 8 * options.hidden)
+    return sizes[bisect_left(sizes, count("lstm", options.hidden), key=lambda hidden: count(options.model, hidden))]
+
+
+def epochs_in(minutes: float, options, corpus) -> int:
+    """The epochs that take `minutes` of training, at least 1: by a trial of 50 batches, thrown away."""
+    trial, since = Training(options, Path(), *corpus), time.perf_counter()
+    for batch in islice(share(trial.train), 50):
+        batch = batch.to(options.device)
+        maskedCrossEntropy(trial.parallel(batch), batch, PAD_IX).backward()
+        trial.update(rate=0.0, norm=0.0, limit=math.inf)
+    (seconds,) = everywhere((time.perf_counter() - since) / WORLD)  # alike in each process
+    epoch = seconds / min(50, len(trial.train)) * len(trial.train)
+    epochs = max(1, round(60 * minutes / epoch))
+    print(f"--minutes {minutes:g}: {epochs} epochs of about {epoch:.1f} s")
+    return epochs
 
 
 def check_memory(options) -> None:
     """LabError if a model of these sizes, its gradient and Adam's two moments find no room."""
     with torch.device("meta"):
-        size = 4 * sum(4 * p.numel() for p in CharModel(**configuration(options)).parameters())  # bytes
+        size = 4 * 4 * parameters(CharModel(**configuration(options)))  # bytes
     try:
         torch.empty(size, dtype=torch.uint8)  # asked for, not touched
     except RuntimeError:
@@ -1131,19 +1498,36 @@ def check_memory(options) -> None:
 
 
 def begin(options) -> None:
-    """Train a new run."""
-    check_memory(options)
+    """Train a new run of each model that is asked for, on the same batches; compare them if there are several."""
     options.batch_size *= WORLD
+    models = [options.model] if isinstance(options.model, str) else options.model
+    plans = [argparse.Namespace(**vars(options) | {"model": model}) for model in models]
+    for plan in plans:
+        plan.hidden = matched(plan) if options.match_parameters else plan.hidden
+        check_memory(plan)
     corpus = load_corpus(options)
+    folder = Path() if RANK else new_folder(options)
+    for plan in plans:
+        plan.run = folder / plan.model if len(plans) > 1 else folder
+        if not begin_one(plan, corpus):
+            return
+    if len(plans) > 1 and not RANK:
+        compare(folder, options)
+
+
+def begin_one(options, corpus) -> bool:
+    """Train a new run in `options.run`; False if it was stopped."""
     folder = Path() if RANK else new_folder(options)
     with locked(folder):
         if not RANK and (folder / "last.pt").exists():
             raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
-        train(Training(options, folder, *corpus))
+        if options.minutes:
+            options.epochs = epochs_in(options.minutes, options, corpus)
+        return train(Training(options, folder, *corpus))
 
 
 def resume(options) -> None:
-    """Go on with a run."""
+    """Go on with a run; look inside again if it has finished."""
     folder = newest_checkpoint(name="last.pt").parent if options.resume == "newest" else Path(options.resume)
     last = folder / "last.pt"
     if not last.exists():
@@ -1151,11 +1535,13 @@ def resume(options) -> None:
     with locked(folder):
         checkpoint = load_checkpoint(last)
         take_over(options, checkpoint["options"])
-        if checkpoint["progress"]["epoch"] == options.epochs:
-            print(f"{folder} has finished its {options.epochs} epochs, nothing is left to resume: train a new run")
-            return
         training = Training(options, folder, *load_corpus(options))
         training.restore(checkpoint, last)
+        if checkpoint["progress"]["epoch"] == options.epochs:
+            print(f"{folder} has finished its {options.epochs} epochs, nothing is left to resume: train a new run")
+            if not RANK:
+                look_inside(options, folder, training.valid)
+            return
         print(f"going on after step {training.progress['step']:,}")
         if checkpoint["processes"] != WORLD:
             print(f"{WORLD} process(es) instead of {checkpoint['processes']}: the same batches, equal but for rounding")
@@ -1165,7 +1551,9 @@ def resume(options) -> None:
 def main() -> None:
     options = parse_options()
     with joined(options.device):
-        if options.resume:
+        if options.compare:
+            compare(options.compare, options)
+        elif options.resume:
             resume(options)
         else:
             begin(options)

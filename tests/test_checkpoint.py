@@ -148,6 +148,7 @@ FREE = (
     *("threads", "lr", "clip", "seed", "maxlen", "maxsent", "epochs", "batch_size"),
     *("scalars_every", "histograms_every", "epoch", "batch", "steps", "nats", "symbols", "seconds", "clipped"),
     *("best", "trained", "data", "name", "sha256", "processes"),
+    *("recurrent_scale", "read", "train", "norms"),
 )
 
 

@@ -49,7 +49,8 @@ def test_validation_loss_is_that_of_torch(runs, model):
 def test_tensorboard_reads_every_tag(runs, model):
     events = EventAccumulator(str(runs / model), size_guidance={"histograms": 0, "scalars": 0}).Reload()
     tags = events.Tags()
-    assert set(tags["scalars"]) == {
+    inside = ("gradient_flow/", "recurrence/", "summary/")  # see test_monitoring.py
+    assert {tag for tag in tags["scalars"] if not tag.startswith(inside)} == {
         "loss/train",
         "loss/validation",
         "loss/validation_bits_per_character",

@@ -38,12 +38,13 @@ def content(path) -> dict:
 
 
 def curves(folder) -> dict:
-    """Every point that TensorBoard shows of a run, but for the speed: tag → [(step, value)]."""
+    """Every point that TensorBoard shows of a run, but for seconds and speed: tag → [(step, value)]."""
     events = EventAccumulator(str(folder), tensor_size_guidance=dict.fromkeys(("scalars", "histograms", "text"), 0))
     events.Reload()
     found = {tag: [(e.step, e.tensor_proto) for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
-    del found["training/characters_per_second"]
-    return found
+    for tag in ("training/characters_per_second", "summary/characters/s", "summary/seconds"):
+        del found[tag]
+    return {tag: points for tag, points in found.items() if not tag.startswith("_hparams_")}
 
 
 def assert_same_run(left, right):
