@@ -1,8 +1,13 @@
 """Question 5, what is seen of a cell: gradient flow, units, pictures, the comparison of runs."""
 
 import itertools
+import json
 import math
 import re
+import subprocess
+import sys
+import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -299,3 +304,38 @@ def test_recurrent_scale():
     options = tp5.command_parser().parse_args(["--model", "rnn", "--recurrent-scale", "3", "--device", "cpu"])
     matrix = tp5.initial_model(options).rnn.hidden_weight
     torch.testing.assert_close(matrix @ matrix.T, 9 * torch.eye(len(matrix)), atol=1e-4, rtol=0)
+
+
+def test_tensorboards_own_server_has_it_all(compared):
+    """What the browser asks for: every view's data, of each run under the comparison's folder."""
+    arguments = ["--logdir", str(compared[0]), "--port", "0", "--load_fast", "false"]
+    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *arguments], stderr=subprocess.PIPE, text=True)
+    try:
+        url = next(found[0] for line in server.stderr if (found := re.search(r"http://\S+/", line)))
+
+        def ask(route: str, body: bytes | None = None):
+            request = urllib.request.Request(f"{url}data/plugin/{route}", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+
+        for _ in range(100):  # it reads the events files in the background
+            if {".", "rnn", "lstm"} <= ask("text/tags").keys() and "lstm" in ask("images/tags"):
+                break
+            time.sleep(0.2)
+        scalars, images = ask("scalars/tags"), ask("images/tags")
+        for run in ("rnn", "lstm"):
+            assert {"loss/train", "loss/validation", "gradient_flow/h_trained"} <= scalars[run].keys()
+            assert f"look/{run}/h" in images[run] and f"gates/{run}/h" in ask("histograms/tags")[run]
+        curve = ask("scalars/scalars?run=lstm&tag=gradient_flow/C_at_start")
+        assert [lag for _, lag, _ in curve] == list(range(tp5.LAGS + 1))
+        assert len(ask("images/images?run=lstm&tag=look/lstm/C&sample=0")) == 3
+        assert "comparison/text_summary" in ask("text/tags")["."]
+        columns = {info["name"] for info in ask("hparams/experiment", b"{}")["hparamInfos"]}
+        assert {"model", "hidden", "recurrent_scale"} <= columns
+        assert {"rnn", "lstm"} <= set(ask("projector/runs"))
+        (labels,) = {info["metadataPath"] for info in ask("projector/info?run=lstm")["embeddings"]}
+        assert labels.endswith("metadata.tsv")
+    finally:
+        server.terminate()
+        server.wait()
+        server.stderr.close()
