@@ -467,14 +467,14 @@ def tracking(model, batches) -> dict:
 
 
 def followers(correlations: dict) -> list[dict]:
-    """For each feature the unit that follows it most closely, of all gates and states."""
+    """For each feature that occurred, the unit that follows it most closely, of all gates and states."""
     rows = []
     for i, feature in enumerate(FEATURES):
         gate = max(correlations, key=lambda name: correlations[name][i].abs().max())
         unit = correlations[gate][i].abs().argmax().item()
         r = correlations[gate][i, unit].item()
         rows.append({"what it follows": feature, "gate or state": gate, "unit": unit, "correlation": r})
-    return rows
+    return [row for row in rows if row["correlation"]]
 
 
 def picture(values, text: str):
@@ -1110,7 +1110,7 @@ class Training:
     def diverged(self, what: str) -> LabError:
         """The error that ends a run whose numbers `what` says are not finite."""
         return LabError(
-            f"{what} not finite after step {self.progress['step']:,}: train a new run with a smaller --lr or --clip; "
+            f"{what} not finite after step {self.progress['step']:,}: train a new run with a smaller --lr, or --clip 1; "
             f"the last good checkpoint in {self.folder} is kept"
         )
 
@@ -1299,7 +1299,7 @@ def compare(folder: Path, options) -> None:
             groups[name, decoder] = [start + h[decoder].text for start, h in zip(starts, found, strict=True)]
             ended[name, decoder] = sum(h[decoder].ended for h in found) / len(found)
             for start, h in zip(starts[:2], found, strict=False):
-                sentences.append(f"- {name}, {decoder}: {shown(h[decoder], start)}")
+                sentences.append(f"- {name}, {decoder}, start {start!r}: {shown(h[decoder], start)}")
     shares = [
         {"run": key[0], "decoder": key[1], **shares, "ended": ended.get(key, 1.0), "length": quartiles(groups[key])}
         for key, shares in copied(groups, "\n".join(corpus)).items()
