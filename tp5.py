@@ -1110,7 +1110,7 @@ class Training:
     def diverged(self, what: str) -> LabError:
         """The error that ends a run whose numbers `what` says are not finite."""
         return LabError(
-            f"{what} not finite after step {self.progress['step']:,}: train a new run with a smaller --lr, or --clip 1; "
+            f"{what} not finite after step {self.progress['step']:,}: train anew with a smaller --lr, or --clip 1; "
             f"the last good checkpoint in {self.folder} is kept"
         )
 

@@ -200,6 +200,42 @@ def decode() -> None:
 # --------------------------------------------------------------------------- resume, processes
 
 
+def record() -> None:
+    """What recording costs a default run: scalars and histograms of its steps, and the look inside at its end."""
+    import tp5
+
+    options = tp5.command_parser().parse_args(["--device", "cpu"])
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(None):
+        folder = Path(name)
+        training = tp5.Training(options, folder, *tp5.load_corpus(options))
+        training.stop, training.clock = threading.Event(), time.perf_counter()
+        training.monitor = tp5.Monitor(folder, options, 0)
+        batches = list(itertools.islice(tp5.share(training.train), 20))
+
+        def steps(scalars_every: int, histograms_every: int) -> None:
+            training.monitor.scalars_every, training.monitor.histograms_every = scalars_every, histograms_every
+            for batch in batches:
+                training.train_step(batch)
+
+        calls = {"off": (0, 0), "scalars": (options.scalars_every, 0), "histograms": (0, 1)}
+        seconds = {
+            n: s / len(batches) for n, s in alternate({n: partial(steps, *c) for n, c in calls.items()}, 3).items()
+        }
+        training.save("best.pt", final=True)
+        start = time.perf_counter()
+        tp5.look_inside(options, folder, training.valid)
+        inside = time.perf_counter() - start
+        training.monitor.close()
+    run = training.steps * seconds["off"]
+    scalars = training.steps * (seconds["scalars"] - seconds["off"])
+    histograms = training.steps / options.histograms_every * (seconds["histograms"] - seconds["off"])
+    rows = [row(what, cost, run, cost / run) for what, cost in
+            (("scalars", scalars), ("histograms", histograms), ("the inside, at the end", inside))]  # fmt: skip
+    total = scalars + histograms + inside
+    rows.append(row("together", total, run, total / run, at_most=0.05))
+    table("Recording at the default intervals, of a default run's training", rows, "seconds")
+
+
 def resume() -> None:
     """What saving within an epoch costs at the default model and interval, and what checking a file costs."""
     import tp5
@@ -380,7 +416,7 @@ def quality(corpora: list[Path]) -> None:
 
 
 ON_CORPORA = {"padding": padding, "load": load, "quality": quality}
-POINTS = {"step": step, "bf16": bf16, "decode": decode, "resume": resume, "ddp": ddp}
+POINTS = {"step": step, "bf16": bf16, "decode": decode, "record": record, "resume": resume, "ddp": ddp}
 
 
 def main() -> None:
