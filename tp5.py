@@ -40,6 +40,7 @@ from textloader import (
     CORPUS,
     EOS_IX,
     FEATURES,
+    HERE,
     LETTRES,
     PAD_IX,
     SYMBOLS,
@@ -941,7 +942,7 @@ def share(loader, start: int = 0) -> DataLoader:
 def load_corpus(options):
     """Training and validation sentences (a tenth, drawn by seed), and the corpus's name and SHA-256."""
     digest = hashlib.sha256()
-    dataset = TextDataset(read_text(options.data, digest), maxsent=options.maxsent, maxlen=options.maxlen)
+    dataset = TextDataset(read_text(HERE / options.data, digest), maxsent=options.maxsent, maxlen=options.maxlen)
     if len(dataset) < 2:
         raise LabError(
             f"{options.data} has {len(dataset)} sentence(s), training needs 2: a sentence ends with . ! or ? "
@@ -1387,7 +1388,8 @@ def parse_options():
         raise LabError("--device cuda: this PyTorch sees no CUDA device; leave it out to train on the CPU")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.data = str(Path(options.data).resolve())
+    path = Path(options.data).resolve()  # in the lab's own folder, from there: the folder may move
+    options.data = path.relative_to(HERE).as_posix() if path.is_relative_to(HERE) else str(path)
     return options
 
 

@@ -34,7 +34,7 @@ def test_training_says_what_it_did(runs, model):
 def test_validation_loss_is_that_of_torch(runs, model):
     """Recomputed from the checkpoint, one sentence at a time, with torch's own loss."""
     checkpoint = load_checkpoint(runs / model / "best.pt")
-    dataset = TextDataset(read_text(checkpoint["options"]["data"]), maxsent=400)
+    dataset = TextDataset(read_text(ROOT / checkpoint["options"]["data"]), maxsent=400)
     split = torch.Generator().manual_seed(checkpoint["options"]["seed"])
     _, valid = torch.utils.data.random_split(dataset, [360, 40], split)
     loaded, nats, symbols = load_model(runs / model / "best.pt"), 0.0, 0
