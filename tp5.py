@@ -413,10 +413,12 @@ def gradient_flow(model, batch, lags: int = LAGS, seed: int = 0) -> dict:
 
     Of each sentence in batch (T, B) that is long enough, one symbol t is drawn, and only its loss
     counts. So no two losses meet in a column, and one backward pass gives the gradients of all.
-    They are total derivatives: what C does by way of its own h is C's. Returns name → (lags + 1,).
+    They are total derivatives: what C does by way of its own h is C's. Returns name → (lags + 1,),
+    fewer if the longest sentence has not as many.
     """
     cell, steps = model.rnn, []
     lengths = (batch != PAD_IX).sum(0)
+    lags = min(lags, int(lengths.max()) - 1)
     batch, lengths = batch[:, lengths > lags], lengths[lengths > lags]
     draw = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)).to(batch.device)
     t, b = lags + (draw * (lengths - lags)).long(), torch.arange(len(lengths), device=batch.device)
@@ -588,8 +590,7 @@ class Monitor:
     @while_writable
     def flow(self, model, batch, when: str) -> None:
         """Gradient flow over a batch, a curve for each state; its step is the lag, in characters."""
-        lags = min(LAGS, int((batch != PAD_IX).sum(0).max()) - 1)
-        for state, norms in gradient_flow(model, batch, lags).items():
+        for state, norms in gradient_flow(model, batch).items():
             for lag, norm in enumerate(norms.tolist()):
                 self.writer.add_scalar(f"gradient_flow/{state}_{when}", norm, lag)
 
@@ -1208,7 +1209,7 @@ def table(rows: list[dict]) -> str:
 
     def text_of(value) -> str:
         if isinstance(value, float):
-            return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+            return f"{value:.2g}" if abs(value) < 0.01 else f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
         return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
     lines = [[*rows[0]], *([text_of(value) for value in row.values()] for row in rows)]
@@ -1282,6 +1283,18 @@ def comparable(folder: Path, options):
     return runs, train, valid
 
 
+def felt(folder: Path, runs: dict, valid) -> list[dict]:
+    """Gradient flow of each run at some lags, at the start and trained."""
+    batch, rows = some(valid, 64, LAGS + 1), []
+    for name, run in runs.items():
+        start = initial_model(argparse.Namespace(**run["options"], device="cpu"))
+        for when, model in (("at the start", start), ("trained", load_model(folder / name / "best.pt"))):
+            for state, norms in gradient_flow(model, batch).items():
+                lags = {f"{lag} back": norms[lag].item() for lag in range(0, len(norms), 10)}
+                rows.append({"run": name, "gradient of": state, "when": when, **lags})
+    return rows
+
+
 def quartiles(texts: list[str]) -> str:
     """Of the texts' lengths, in characters."""
     return " ".join(f"{length:.0f}" for length in np.quantile([*map(len, texts)], (0.25, 0.5, 0.75)))
@@ -1306,7 +1319,7 @@ def compare(folder: Path, options) -> None:
         for key, shares in copied(groups, "\n".join(corpus)).items()
     ]
     rows = table([{"run": name, **figures(run)} for name, run in runs.items()])
-    text = "\n\n".join([rows, "\n".join(sentences), table(shares)]) + "\n"
+    text = "\n\n".join([rows, table(felt(folder, runs, valid)), "\n".join(sentences), table(shares)]) + "\n"
     print(f"\n{text}\nSaved in {folder / 'comparison.md'}. Next: tensorboard --logdir {folder}")
     try:
         (folder / "comparison.md").write_text(text, encoding="utf-8")
@@ -1554,7 +1567,8 @@ def main() -> None:
     options = parse_options()
     with joined(options.device):
         if options.compare:
-            compare(options.compare, options)
+            if not RANK:
+                compare(options.compare, options)
         elif options.resume:
             resume(options)
         else:

@@ -188,6 +188,12 @@ def test_comparison_says_what_the_checkpoints_say(compared):
         assert text.count(f"- {model}, {decoder}, start ") == 2
         assert [row[:2] for row in rows].count([model, decoder]) == 1
     assert "comparison/text_summary" in EventAccumulator(str(folder)).Reload().Tags()["tensors"]
+    flows = {tuple(row[:3]): row[3:] for row in rows if row[1] in ("h", "C")}
+    for (run, state, when), shown in flows.items():
+        tag = f"gradient_flow/{state}_{'trained' if when == 'trained' else 'at_start'}"
+        curve = EventAccumulator(str(folder / run), size_guidance={"scalars": 0}).Reload().Scalars(tag)
+        assert [float(norm) for norm in shown] == pytest.approx([p.value for p in curve[::10]], rel=0.1, abs=1e-12)
+    assert len(flows) == 6
 
 
 def test_norms_are_those_that_tensorboard_has(compared):
