@@ -1022,6 +1022,8 @@ class Training:
         self.model = initial_model(options)
         self.train, self.valid = batches(train, options, True), batches(valid, options, False)
         self.steps = options.epochs * len(self.train)
+        symbols = int(train.dataset.lengths[train.indices].sum()) + len(train)  # each sentence's end included
+        self.mean_symbols = symbols / len(self.train)  # of a batch
         self.parallel = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
         # A short memory of squared gradients: over few epochs, ahead of Adam's usual 0.999.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95), fused=True)
@@ -1076,7 +1078,9 @@ class Training:
         # In every process alike: the whole batch's loss and symbols, and whether anybody was asked to stop.
         nats, total, stops = everywhere(loss.item() * symbols, symbols, self.stop.is_set())
         self.stopping = stops > 0
-        (loss * (symbols * WORLD / total)).backward()  # averaged over processes: the gradient of nats / total
+        # Nats over the symbols of a mean batch, not of this one: in long batches and short, each symbol counts
+        # the same. (DDP averages over the processes, so times their number.)
+        (loss * (symbols * WORLD / self.mean_symbols)).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf).item()  # before clipping
         finite = math.isfinite(nats) and math.isfinite(norm)
         if record and finite:
