@@ -668,7 +668,7 @@ def copied(groups: dict, corpus: str) -> dict:
 
     groups   name → texts; substrings are those of each length in SPANS
 
-    Returns name → shares, NaN where there is nothing to share. One walk through the corpus, no copy of it.
+    Returns name → shares, NaN where there is nothing to share. Only what the texts have is kept of the corpus.
     """
 
     def words(text):

@@ -480,23 +480,24 @@ def followers(correlations: dict) -> list[dict]:
     return [row for row in rows if row["correlation"]]
 
 
-def picture(values, text: str):
+def picture(values, text: str, gate: bool):
     """Values (n + 1, H) while `text` was read as an image, (height, width, 3): units down, characters across.
 
-    Blue is a closed gate or a negative state, white half open or 0, red open or positive. Units
+    Blue is a closed `gate` or a negative state, white half open or 0, red open or positive. Units
     that rise and fall together stand together: they are sorted along the first principal component.
     """
     from PIL import Image, ImageDraw  # comes with TensorBoard
 
-    signed = 2 * values - 1 if values.min() >= 0 else values / values.abs().max().clamp(min=1)
+    signed = 2 * values - 1 if gate else values / values.abs().max().clamp(min=1)
     order = torch.linalg.svd(signed - signed.mean(0), full_matrices=False).Vh[0].argsort()
     signed = signed[:, order].t()  # (H, n + 1)
     colours = torch.stack([1 + signed.clamp(max=0), 1 - signed.abs(), 1 - signed.clamp(min=0)], -1)
     pixels = (255 * colours).byte().numpy().repeat(max(2, 400 // len(order)), 0).repeat(8, 1)
     image = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + 14), "white")
     image.paste(Image.fromarray(pixels), (0, 14))
+    draw = ImageDraw.Draw(image)
     for i, char in enumerate(text, start=1):  # column 0 is that of EOS
-        ImageDraw.Draw(image).text((8 * i + 1, 1), char, "black")
+        draw.text((8 * i + 1, 1), char, "black")
     return np.asarray(image)
 
 
@@ -549,7 +550,7 @@ class Monitor:
     def give_up(self, error: OSError) -> None:
         """Say that events cannot be written; training goes on without."""
         self.writer = None
-        warn(f"cannot write TensorBoard's events: {error.strerror}; the curves end here, training goes on")
+        warn(f"cannot write TensorBoard's events: {error.strerror}; nothing more is recorded, all else goes on")
 
     def wants_histograms(self, step: int) -> bool:
         """Whether gates and gradients of this step are recorded."""
@@ -578,27 +579,31 @@ class Monitor:
             self.interval = dict(INTERVAL)
 
     @while_writable
-    def epoch(self, step: int, valid: float, samples: dict[str, str], cell) -> None:
-        """The validation loss, the sentences and the recurrent matrices of an epoch."""
+    def epoch(self, step: int, valid: float, samples: dict[str, str]) -> None:
+        """The validation loss and the sentences of an epoch."""
         self.writer.add_scalar("loss/validation", valid, step)
         self.writer.add_scalar("loss/validation_bits_per_character", valid / math.log(2), step)
         for decoder, text in samples.items():
             self.writer.add_text(f"samples/{decoder}", text.replace("<", "&lt;"), step)
-        for what, size in recurrence(cell).items() if self.histograms_every else ():
-            self.writer.add_scalar(f"recurrence/{what}", size, step)
 
     @while_writable
-    def flow(self, model, batch, when: str) -> None:
-        """Gradient flow over a batch, a curve for each state; its step is the lag, in characters."""
-        for state, norms in gradient_flow(model, batch).items():
+    def flow(self, flows: dict) -> None:
+        """Gradient flow, a curve for each state; its step is the lag, in characters."""
+        for (state, when), norms in flows.items():
             for lag, norm in enumerate(norms.tolist()):
                 self.writer.add_scalar(f"gradient_flow/{state}_{when}", norm, lag)
+
+    @while_writable
+    def recurrence(self, cell, step: int) -> None:
+        """The size of the recurrent matrices."""
+        for what, size in recurrence(cell).items():
+            self.writer.add_scalar(f"recurrence/{what}", size, step)
 
     @while_writable
     def look(self, model, text: str, number: int) -> None:
         """An image of every gate and state while `text` is read."""
         for name, values in units(model, pad_collate_fn([string2code(text)])).items():
-            image = picture(values, clean(text)[0])
+            image = picture(values, clean(text)[0], gate=name not in (*model.rnn.states, "candidate"))
             self.writer.add_image(f"look/{model.cell}/{name}", image, number, dataformats="HWC")
 
     @while_writable
@@ -867,13 +872,17 @@ def check_shapes(tensors: dict, shapes: dict, what: str) -> None:
         raise LabError(f"its {what} are not finite numbers of 32 bits")
 
 
-def load_model(path) -> CharModel:
-    """A trained model, ready to write; LabError if `path` is not a checkpoint of this lab."""
-    checkpoint = load_checkpoint(path)
+def model_of(checkpoint: dict) -> CharModel:
+    """The model of a checkpoint, ready to write."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         model = CharModel(**checkpoint["model"])
     model.load_state_dict(checkpoint["weights"], assign=True)
     return model.eval()
+
+
+def load_model(path) -> CharModel:
+    """A trained model, ready to write; LabError if `path` is not a checkpoint of this lab."""
+    return model_of(load_checkpoint(path))
 
 
 # -------------------------------------------------------------------------------------- processes
@@ -1149,8 +1158,7 @@ class Training:
             raise self.diverged("the validation loss is")
         found = {} if RANK else samples(self.model, "", self.options.seed + done["epoch"])
         sentences = {decoder: shown(hypothesis) for decoder, hypothesis in found.items()}
-        # With the step just done: a resumed run keeps it.
-        self.monitor.epoch(done["step"] - 1, valid, sentences, self.model.rnn)
+        self.monitor.epoch(done["step"] - 1, valid, sentences)  # with the step just done: a resumed run keeps it
         train = done["nats"] / done["symbols"] if done["symbols"] else math.inf  # all steps skipped
         done.update(trained=done["trained"] + done["seconds"], read=done["read"] + done["symbols"], train=train)
         speed = done["symbols"] / max(done["seconds"], 1e-9)
@@ -1225,41 +1233,52 @@ def table(rows: list[dict]) -> str:
 def figures(checkpoint: dict) -> dict:
     """What a run came to when it saved its best model. Training loss: the mean over the last epoch's steps."""
     done, norms = checkpoint["progress"], checkpoint["norms"]
-    train, valid, limit = done["train"], done["best"], checkpoint["options"]["clip"] or math.inf
+    train, valid, limit = done["train"], done["best"], checkpoint["options"]["clip"]
     return {
         "parameters": sum(weight.numel() for weight in checkpoint["weights"].values()),
+        "epochs": done["epoch"],
         "seconds": done["trained"],
         "characters/s": done["read"] / max(done["trained"], 1e-9),
         "training nats": train,
         "validation nats": valid,
         "training bits": train / math.log(2),
         "validation bits": valid / math.log(2),
-        "perplexity": math.exp(valid),
-        "gradient norm": norms.median().item() if len(norms) else math.nan,
-        "its 99 %": norms.quantile(0.99).item() if len(norms) else math.nan,
-        "clipped": (norms > limit).float().mean().item(),
+        "perplexity": math.exp(min(valid, 700)),  # beyond, no float holds it
+        "median gradient norm": norms.median().item() if len(norms) else math.nan,
+        "99th percentile": norms.quantile(0.99).item() if len(norms) else math.nan,
+        "clipped": (norms > limit).float().mean().item() if limit else math.nan,
+        "skipped steps": done["skipped"],
     }
 
 
 def some(subset, count: int, length: int):
     """A batch (T, count) of the first sentences that have `length` characters; of the longest if they are few."""
     lengths = subset.dataset.lengths[subset.indices]
-    order = np.argsort(-np.minimum(lengths, length), kind="stable")[:count]
+    order = np.argsort(-np.minimum(lengths, length).astype(int), kind="stable")[:count]
     return pad_collate_fn([subset[i] for i in order])
+
+
+def flows(checkpoint: dict, valid) -> dict:
+    """Gradient flow over validation sentences: (state, "at_start" or "trained") → norms by lag."""
+    start = initial_model(argparse.Namespace(**checkpoint["options"], device="cpu"))
+    models, batch = {"at_start": start, "trained": model_of(checkpoint)}, some(valid, 64, LAGS + 1)
+    found = {when: gradient_flow(model, batch) for when, model in models.items()}
+    return {(state, when): norms for when, states in found.items() for state, norms in states.items()}
 
 
 def look_inside(options, folder: Path, valid: DataLoader) -> None:
     """Write what a finished run's best model shows: figures, gradient flow, units, symbols' map, gates on text."""
-    checkpoint, model = load_checkpoint(folder / "best.pt"), load_model(folder / "best.pt")
+    checkpoint = load_checkpoint(folder / "best.pt")
+    model, step = model_of(checkpoint), checkpoint["progress"]["step"]
     # A file of its own, made anew: its curves' steps are lags, which a resumed run must not strike out.
     monitor = Monitor(folder, options, None, name="inside")
-    corpus = {"data": checkpoint["corpus"]["name"]}
-    monitor.summary(checkpoint["options"] | corpus, figures(checkpoint), checkpoint["progress"]["step"])
-    if options.histograms_every:
-        batch, order = some(valid.dataset, 64, LAGS + 1), list(valid.batch_sampler)
-        monitor.flow(initial_model(options).cpu(), batch, "at_start")
-        monitor.flow(model, batch, "trained")
+    monitor.summary(checkpoint["options"] | {"data": checkpoint["corpus"]["name"]}, figures(checkpoint), step)
+    if options.histograms_every or options.look:
+        monitor.flow(flows(checkpoint, valid.dataset))
+        monitor.recurrence(initial_model(options).rnn, 0)
+        monitor.recurrence(model.rnn, step)
         monitor.symbols(model.emb, folder)
+        order = list(valid.batch_sampler)
         chosen = order[:: -(-len(order) // 8)]  # eight batches, of all lengths
         batches = DataLoader(valid.dataset, batch_sampler=chosen, collate_fn=pad_collate_fn)
         found = table(followers(tracking(model, batches)))
@@ -1271,60 +1290,72 @@ def look_inside(options, folder: Path, valid: DataLoader) -> None:
     monitor.close()
 
 
-def comparable(folder: Path, options):
-    """The best checkpoint of each run in `folder`, by name, and their training and validation sentences."""
-    paths = sorted(folder.glob("**/best.pt"))
-    runs = {path.parent.relative_to(folder).as_posix(): load_checkpoint(path) for path in paths}
+def comparable(folder: Path) -> dict:
+    """The best checkpoint of each run in `folder`, by name; LabError if they were not trained on the same sentences."""
+    runs = {path.parent.relative_to(folder).as_posix(): load_checkpoint(path) for path in folder.glob("**/best.pt")}
     if not runs:
         raise LabError(f"no run in {folder} to compare: train some with `python tp5.py --model all`")
     first, *others = ({**run["options"], "data": run["corpus"]["sha256"]} for run in runs.values())
     for option in ("data", "seed", "maxlen", "maxsent"):
         if any(other[option] != first[option] for other in others):
             raise LabError(f"the runs in {folder} cannot be compared: they differ in --{option}, so in their sentences")
-    train, valid, corpus = load_corpus(argparse.Namespace(**{**first, "data": options.data}))
-    if corpus["sha256"] != first["data"]:
-        raise LabError(f"{options.data} is not the corpus of the runs in {folder}: name theirs with --data")
-    return runs, train, valid
+    cells = list(CELLS)
+    return dict(sorted(runs.items(), key=lambda item: (cells.index(item[1]["model"]["cell"]), item[0])))
 
 
-def felt(folder: Path, runs: dict, valid) -> list[dict]:
+def their_corpus(folder: Path, runs: dict, options):
+    """The runs' training and validation sentences, from where they had them, or from --data."""
+    run = next(iter(runs.values()))
+    moved = {} if HERE / options.data == CORPUS else {"data": options.data}
+    train, valid, corpus = load_corpus(argparse.Namespace(**run["options"] | moved))
+    if corpus["sha256"] != run["corpus"]["sha256"]:
+        raise LabError(f"the runs in {folder} were trained on another corpus: name it with --data")
+    return train, valid
+
+
+def felt(runs: dict, valid) -> list[dict]:
     """Gradient flow of each run at some lags, at the start and trained."""
-    batch, rows = some(valid, 64, LAGS + 1), []
+    rows = []
     for name, run in runs.items():
-        start = initial_model(argparse.Namespace(**run["options"], device="cpu"))
-        for when, model in (("at the start", start), ("trained", load_model(folder / name / "best.pt"))):
-            for state, norms in gradient_flow(model, batch).items():
-                lags = {f"{lag} back": norms[lag].item() for lag in range(0, len(norms), 10)}
-                rows.append({"run": name, "gradient of": state, "when": when, **lags})
+        for (state, when), norms in flows(run, valid).items():
+            lags = {f"{lag} back": norms[lag].item() for lag in range(0, len(norms), 10)}
+            rows.append({"run": name, "gradient of": state, "when": when.replace("_", " "), **lags})
     return rows
 
 
-def quartiles(texts: list[str]) -> str:
-    """Of the texts' lengths, in characters."""
-    return " ".join(f"{length:.0f}" for length in np.quantile([*map(len, texts)], (0.25, 0.5, 0.75)))
+def written(runs: dict, train, valid) -> tuple[list[str], list[dict]]:
+    """What the decoders make of the same starts: some sentences, and how much of all of them was copied."""
+    corpus, held_out = ([code2string(sentence) for sentence in part] for part in (train, valid))
+    starts = ["", *dict.fromkeys(sentence.split()[0] + " " for sentence in held_out)][:20]
+    yardstick = ("held-out sentences", "")
+    groups, lengths, ended, sentences = {yardstick: held_out[:200]}, {}, {yardstick: 1.0}, []
+    lengths[yardstick] = [*map(len, held_out[:200])]
+    for name, run in runs.items():
+        model = model_of(run)
+        found = [samples(model, start, seed) for seed, start in enumerate(starts, run["options"]["seed"])]
+        for decoder in found[0]:
+            hypotheses = [of_start[decoder] for of_start in found]
+            groups[name, decoder] = [h.text for h in hypotheses]  # the start is ours, not the model's
+            lengths[name, decoder] = [len(start + h.text) for start, h in zip(starts, hypotheses, strict=True)]
+            ended[name, decoder] = sum(h.ended for h in hypotheses) / len(found)
+            for start, h in zip(starts[:2], hypotheses, strict=False):
+                sentences.append(f"    {name}, {decoder}, start {start!r}: {shown(h, start)}")
+    shares = [
+        {"run": run, "decoder": decoder, **shares, "ended": ended[run, decoder]}
+        | {"length, quartiles": " ".join(f"{q:.0f}" for q in np.quantile(lengths[run, decoder], (0.25, 0.5, 0.75)))}
+        for (run, decoder), shares in copied(groups, "\n".join(corpus)).items()
+    ]
+    return sentences, shares
 
 
 def compare(folder: Path, options) -> None:
-    """The runs side by side: figures, what their decoders write, and how much of that is copied."""
-    runs, train, valid = comparable(folder, options)
-    corpus, held_out = ([code2string(sentence) for sentence in part] for part in (train, valid))
-    starts = ["", *dict.fromkeys(sentence.split()[0] + " " for sentence in held_out)][:20]
-    groups, ended, sentences = {("held-out sentences", ""): held_out[:200]}, {}, []
-    for name, run in runs.items():
-        model = load_model(folder / name / "best.pt")
-        found = [samples(model, start, seed) for seed, start in enumerate(starts, run["options"]["seed"])]
-        for decoder in found[0]:
-            groups[name, decoder] = [start + h[decoder].text for start, h in zip(starts, found, strict=True)]
-            ended[name, decoder] = sum(h[decoder].ended for h in found) / len(found)
-            for start, h in zip(starts[:2], found, strict=False):
-                sentences.append(f"- {name}, {decoder}, start {start!r}: {shown(h[decoder], start)}")
-    shares = [
-        {"run": key[0], "decoder": key[1], **shares, "ended": ended.get(key, 1.0), "length": quartiles(groups[key])}
-        for key, shares in copied(groups, "\n".join(corpus)).items()
-    ]
+    """The runs side by side: figures, gradient flow, what their decoders write and how much of that is copied."""
+    runs = comparable(folder)
+    train, valid = their_corpus(folder, runs, options)
     rows = table([{"run": name, **figures(run)} for name, run in runs.items()])
-    text = "\n\n".join([rows, table(felt(folder, runs, valid)), "\n".join(sentences), table(shares)]) + "\n"
-    print(f"\n{text}\nSaved in {folder / 'comparison.md'}. Next: tensorboard --logdir {folder}")
+    sentences, shares = written(runs, train, valid)
+    text = "\n\n".join([rows, table(felt(runs, valid)), "\n".join(sentences), table(shares)]) + "\n"
+    print(f"\n{text}")
     try:
         (folder / "comparison.md").write_text(text, encoding="utf-8")
     except OSError as error:
@@ -1332,6 +1363,7 @@ def compare(folder: Path, options) -> None:
     monitor = Monitor(folder, options, None, name="comparison")
     monitor.text("comparison", text)
     monitor.close()
+    print(f"Saved in {folder / 'comparison.md'}. Next: tensorboard --logdir {folder}")
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -1367,7 +1399,7 @@ def command_parser() -> Parser:
     add("--embedding", type=number(int, 1), default=128, metavar="E", help="size of a symbol's embedding")
     add("--hidden", type=number(int, 1), default=HIDDEN, metavar="H", help="size of the hidden state")
     add("--match-parameters", action="store_true",
-        help="choose each hidden size so that the model has as many parameters as an LSTM of --hidden")  # fmt: skip
+        help="choose each hidden size: the least with as many parameters as an LSTM of --hidden")  # fmt: skip
     add("--recurrent-scale", type=number(float, 0), default=1.0, metavar="FACTOR",
         help="on the initial recurrent matrices; 3 makes gradients explode: try --clip 0")  # fmt: skip
     add("--lr", type=number(float, 0, above=True), default=8e-3, metavar="RATE", help="peak learning rate")
@@ -1399,6 +1431,8 @@ def parse_options():
         raise LabError("--run, --resume and --compare do not go together: each names a folder")
     if options.resume and (options.minutes or options.match_parameters):
         raise LabError("--minutes and --match-parameters are for new runs: --resume goes on with the run's own sizes")
+    if options.compare and options.look:
+        raise LabError("--look does not go with --compare: look at a run with --resume RUN --look TEXT")
     if options.look is not None and (not options.look.strip() or clean(options.look)[1]):
         raise LabError("--look: give a text, and only characters of the alphabet (ASCII)")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -1482,7 +1516,7 @@ def parameters(model) -> int:
 
 
 def matched(options) -> int:
-    """The hidden size with which the model has as many parameters as an LSTM of `options.hidden`."""
+    """The least hidden size with which the model has as many parameters as an LSTM of `options.hidden`."""
 
     def count(cell, hidden):
         with torch.device("meta"):
@@ -1525,21 +1559,39 @@ def begin(options) -> None:
         plan.hidden = matched(plan) if options.match_parameters else plan.hidden
         check_memory(plan)
     corpus = load_corpus(options)
-    folder = Path() if RANK else new_folder(options)
+    folder, failed = Path() if RANK else new_folder(options), []
     for plan in plans:
         plan.run = folder / plan.model if len(plans) > 1 else folder
-        if not begin_one(plan, corpus):
-            return
+        if not RANK and (plan.run / "last.pt").exists():
+            raise LabError(f"{plan.run} holds a run already: go on with --resume, or choose another --run")
+    for plan in plans:
+        try:
+            if not begin_one(plan, corpus):
+                say_what_is_left(folder, plans[plans.index(plan) + 1 :])
+                return
+        except LabError as error:
+            if len(plans) == 1:
+                raise
+            warn(error)  # a cell that diverges is a result, too
+            failed.append(plan.model)
     if len(plans) > 1 and not RANK:
         compare(folder, options)
+    if failed:
+        raise LabError(f"{', '.join(failed)} did not come to an end, see above")
+
+
+def say_what_is_left(folder: Path, plans: list) -> None:
+    """How to go on with a comparison that was stopped."""
+    for plan in plans:
+        print(f"Then: python tp5.py --model {plan.model} --run {plan.run}, with the same options")
+    if plans:
+        print(f"At the end: python tp5.py --compare {folder}")
 
 
 def begin_one(options, corpus) -> bool:
     """Train a new run in `options.run`; False if it was stopped."""
     folder = Path() if RANK else new_folder(options)
     with locked(folder):
-        if not RANK and (folder / "last.pt").exists():
-            raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
         if options.minutes:
             options.epochs = epochs_in(options.minutes, options, corpus)
         return train(Training(options, folder, *corpus))
@@ -1557,7 +1609,7 @@ def resume(options) -> None:
         training = Training(options, folder, *load_corpus(options))
         training.restore(checkpoint, last)
         if checkpoint["progress"]["epoch"] == options.epochs:
-            print(f"{folder} has finished its {options.epochs} epochs, nothing is left to resume: train a new run")
+            print(f"{folder} has finished its {options.epochs} epochs, nothing is left to resume; a new look inside:")
             if not RANK:
                 look_inside(options, folder, training.valid)
             return

@@ -25,7 +25,7 @@ def test_training_says_what_it_did(runs, model):
     losses = [float(x) for x in re.findall(r"validation ([\d.]+) nats", output)]
     assert len(losses) == 2 and losses[1] < losses[0] < math.log(97)
     bits = [float(x) for x in re.findall(r"= ([\d.]+) bits", output)]
-    assert bits == pytest.approx([x / math.log(2) for x in losses], abs=1e-3)
+    assert bits == pytest.approx([x / math.log(2) for x in losses], abs=1.3e-3)
     assert all(output.count(f"  {decoder} ") == 2 for decoder in ("greedy", "sampled", "beam"))
     assert f"Run saved in {runs / model}" in output and "generate.py --beam 5" in output
 
