@@ -1,6 +1,6 @@
 """Questions 2, 4 and 5: recurrent cells by hand, and a character model trained with them.
 
-    python tp5.py --model lstm
+    python tp5.py --model lstm                   # or all: the three cells, then a comparison
     tensorboard --logdir runs
 
 Shapes: T length, B batch, E embedding, H hidden, V symbols (97), G gates. Time comes first.
@@ -53,6 +53,7 @@ from textloader import (
     code2string,
     features,
     id2lettre,
+    normalize,
     number,
     one_line,
     pad_collate_fn,
@@ -408,7 +409,7 @@ def evaluate(model, loader, device) -> float:
 LAGS = 40  # characters that a loss is followed back
 
 
-def gradient_flow(model, batch, lags: int = LAGS, seed: int = 0) -> dict:
+def gradient_flow(model, batch, lags: int = LAGS) -> dict:
     """How far back a loss is felt: ‖∂loss_t/∂s_{t−k}‖ for each state s and k = 0 … lags, mean over sentences.
 
     Of each sentence in batch (T, B) that is long enough, one symbol t is drawn, and only its loss
@@ -420,11 +421,11 @@ def gradient_flow(model, batch, lags: int = LAGS, seed: int = 0) -> dict:
     lengths = (batch != PAD_IX).sum(0)
     lags = min(lags, int(lengths.max()) - 1)
     batch, lengths = batch[:, lengths > lags], lengths[lengths > lags]
-    draw = torch.rand(len(lengths), generator=torch.Generator().manual_seed(seed)).to(batch.device)
+    draw = torch.rand(len(lengths), generator=torch.Generator().manual_seed(0)).to(batch.device)
     t, b = lags + (draw * (lengths - lags)).long(), torch.arange(len(lengths), device=batch.device)
     projected = cell.project(model.emb(model.inputs(batch[: t.max() + 1])))
     state = columns(cell.zero_state(projected[0]))
-    for px in projected.unbind(0):
+    for px in projected.unbind(0):  # not `through_time`: gradients are asked of each step's own states
         state, _ = cell.equations(cell.hidden_weight, px.mT, *state)
         steps.append(state)
     output = torch.stack([h for h, *_ in steps])  # (T, H, B)
@@ -548,7 +549,7 @@ class Monitor:
             self.give_up(error)
 
     def give_up(self, error: OSError) -> None:
-        """Say that events cannot be written; training goes on without."""
+        """Say that events cannot be written; all else goes on without."""
         self.writer = None
         warn(f"cannot write TensorBoard's events: {error.strerror}; nothing more is recorded, all else goes on")
 
@@ -584,7 +585,7 @@ class Monitor:
         self.writer.add_scalar("loss/validation", valid, step)
         self.writer.add_scalar("loss/validation_bits_per_character", valid / math.log(2), step)
         for decoder, text in samples.items():
-            self.writer.add_text(f"samples/{decoder}", text.replace("<", "&lt;"), step)
+            self.text(f"samples/{decoder}", text, step)
 
     @while_writable
     def flow(self, flows: dict) -> None:
@@ -603,7 +604,7 @@ class Monitor:
     def look(self, model, text: str, number: int) -> None:
         """An image of every gate and state while `text` is read."""
         for name, values in units(model, pad_collate_fn([string2code(text)])).items():
-            image = picture(values, clean(text)[0], gate=name not in (*model.rnn.states, "candidate"))
+            image = picture(values, normalize(text), gate=name not in (*model.rnn.states, "candidate"))
             self.writer.add_image(f"look/{model.cell}/{name}", image, number, dataformats="HWC")
 
     @while_writable
@@ -627,8 +628,9 @@ class Monitor:
             self.writer.add_scalar(name, value, step)
 
     @while_writable
-    def text(self, tag: str, text: str) -> None:
-        self.writer.add_text(tag, text.replace("<", "&lt;"))
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """A text in Markdown."""
+        self.writer.add_text(tag, text.replace("<", "&lt;"), step)
 
     @while_writable
     def flush(self) -> None:
@@ -1031,7 +1033,7 @@ class Training:
         self.model = initial_model(options)
         self.train, self.valid = batches(train, options, True), batches(valid, options, False)
         self.steps = options.epochs * len(self.train)
-        symbols = int(train.dataset.lengths[train.indices].sum()) + len(train)  # each sentence's end included
+        symbols = int(self.train.batch_sampler.lengths.sum()) + len(train)  # each sentence's end included
         self.mean_symbols = symbols / len(self.train)  # of a batch
         self.parallel = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
         # A short memory of squared gradients: over few epochs, ahead of Adam's usual 0.999.
@@ -1074,6 +1076,12 @@ class Training:
         if self.options.device == "cuda" and "cuda" in checkpoint["random"]:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
 
+    def loss(self, batch):
+        """Mean loss of a batch (T, B) on its device, in nats per symbol."""
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.parallel(batch)
+        return maskedCrossEntropy(output, batch, PAD_IX)
+
     def train_step(self, batch) -> float:
         """One batch (T, B): forward, backward, clip, step. Returns its loss in nats per symbol."""
         done, step, symbols = self.progress, self.progress["step"], int((batch != PAD_IX).sum())
@@ -1081,9 +1089,7 @@ class Training:
         record = self.monitor.wants_histograms(step)
         self.optimizer.zero_grad()
         with watch(self.model.rnn) if record else nullcontext() as states:
-            with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.bf16):
-                output = self.parallel(batch)
-            loss = maskedCrossEntropy(output, batch, PAD_IX)
+            loss = self.loss(batch)
         # In every process alike: the whole batch's loss and symbols, and whether anybody was asked to stop.
         nats, total, stops = everywhere(loss.item() * symbols, symbols, self.stop.is_set())
         self.stopping = stops > 0
@@ -1217,7 +1223,9 @@ class Training:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of like keys as a Markdown table."""
+    """Rows of like keys as a Markdown table; "none" without rows."""
+    if not rows:
+        return "none"
 
     def text_of(value) -> str:
         if isinstance(value, float):
@@ -1258,10 +1266,15 @@ def some(subset, count: int, length: int):
     return pad_collate_fn([subset[i] for i in order])
 
 
-def flows(checkpoint: dict, valid) -> dict:
-    """Gradient flow over validation sentences: (state, "at_start" or "trained") → norms by lag."""
+def before_and_after(checkpoint: dict) -> dict:
+    """The run's model "at_start", as its seed made it, and "trained"."""
     start = initial_model(argparse.Namespace(**checkpoint["options"], device="cpu"))
-    models, batch = {"at_start": start, "trained": model_of(checkpoint)}, some(valid, 64, LAGS + 1)
+    return {"at_start": start, "trained": model_of(checkpoint)}
+
+
+def flows(models: dict, valid) -> dict:
+    """Gradient flow over validation sentences: (state, "at_start" or "trained") → norms by lag."""
+    batch = some(valid, 64, LAGS + 1)
     found = {when: gradient_flow(model, batch) for when, model in models.items()}
     return {(state, when): norms for when, states in found.items() for state, norms in states.items()}
 
@@ -1269,13 +1282,14 @@ def flows(checkpoint: dict, valid) -> dict:
 def look_inside(options, folder: Path, valid: DataLoader) -> None:
     """Write what a finished run's best model shows: figures, gradient flow, units, symbols' map, gates on text."""
     checkpoint = load_checkpoint(folder / "best.pt")
-    model, step = model_of(checkpoint), checkpoint["progress"]["step"]
+    step, models = checkpoint["progress"]["step"], before_and_after(checkpoint)
     # A file of its own, made anew: its curves' steps are lags, which a resumed run must not strike out.
     monitor = Monitor(folder, options, None, name="inside")
     monitor.summary(checkpoint["options"] | {"data": checkpoint["corpus"]["name"]}, figures(checkpoint), step)
     if options.histograms_every or options.look:
-        monitor.flow(flows(checkpoint, valid.dataset))
-        monitor.recurrence(initial_model(options).rnn, 0)
+        model = models["trained"]
+        monitor.flow(flows(models, valid.dataset))
+        monitor.recurrence(models["at_start"].rnn, 0)
         monitor.recurrence(model.rnn, step)
         monitor.symbols(model.emb, folder)
         order = list(valid.batch_sampler)
@@ -1317,41 +1331,44 @@ def felt(runs: dict, valid) -> list[dict]:
     """Gradient flow of each run at some lags, at the start and trained."""
     rows = []
     for name, run in runs.items():
-        for (state, when), norms in flows(run, valid).items():
+        for (state, when), norms in flows(before_and_after(run), valid).items():
             lags = {f"{lag} back": norms[lag].item() for lag in range(0, len(norms), 10)}
             rows.append({"run": name, "gradient of": state, "when": when.replace("_", " "), **lags})
     return rows
+
+
+def quartiles(texts: list[str]) -> str:
+    """Of the texts' lengths, in characters."""
+    return " ".join(f"{length:.0f}" for length in np.quantile([*map(len, texts)], (0.25, 0.5, 0.75)))
 
 
 def written(runs: dict, train, valid) -> tuple[list[str], list[dict]]:
     """What the decoders make of the same starts: some sentences, and how much of all of them was copied."""
     corpus, held_out = ([code2string(sentence) for sentence in part] for part in (train, valid))
     starts = ["", *dict.fromkeys(sentence.split()[0] + " " for sentence in held_out)][:20]
-    yardstick = ("held-out sentences", "")
-    groups, lengths, ended, sentences = {yardstick: held_out[:200]}, {}, {yardstick: 1.0}, []
-    lengths[yardstick] = [*map(len, held_out[:200])]
+    groups, facts, sentences = {}, {}, []
+
+    def add(run: str, decoder: str, texts: list[str], ended: float, whole: list[str]) -> None:
+        groups[run, decoder] = texts
+        facts[run, decoder] = {"ended": ended, "length, quartiles": quartiles(whole)}
+
+    add("held-out sentences", "", held_out[:200], 1.0, held_out[:200])
     for name, run in runs.items():
         model = model_of(run)
         found = [samples(model, start, seed) for seed, start in enumerate(starts, run["options"]["seed"])]
         for decoder in found[0]:
-            hypotheses = [of_start[decoder] for of_start in found]
-            groups[name, decoder] = [h.text for h in hypotheses]  # the start is ours, not the model's
-            lengths[name, decoder] = [len(start + h.text) for start, h in zip(starts, hypotheses, strict=True)]
-            ended[name, decoder] = sum(h.ended for h in hypotheses) / len(found)
-            for start, h in zip(starts[:2], hypotheses, strict=False):
+            made = [of_start[decoder] for of_start in found]
+            whole = [start + h.text for start, h in zip(starts, made, strict=True)]
+            # The start is ours, not the model's: it counts in lengths only.
+            add(name, decoder, [h.text for h in made], sum(h.ended for h in made) / len(made), whole)
+            for start, h in zip(starts[:2], made, strict=False):
                 sentences.append(f"    {name}, {decoder}, start {start!r}: {shown(h, start)}")
-    shares = [
-        {"run": run, "decoder": decoder, **shares, "ended": ended[run, decoder]}
-        | {"length, quartiles": " ".join(f"{q:.0f}" for q in np.quantile(lengths[run, decoder], (0.25, 0.5, 0.75)))}
-        for (run, decoder), shares in copied(groups, "\n".join(corpus)).items()
-    ]
-    return sentences, shares
+    shares = copied(groups, "\n".join(corpus))
+    return sentences, [{"run": key[0], "decoder": key[1], **shares[key], **facts[key]} for key in groups]
 
 
-def compare(folder: Path, options) -> None:
+def compare(folder: Path, runs: dict, train, valid, options) -> None:
     """The runs side by side: figures, gradient flow, what their decoders write and how much of that is copied."""
-    runs = comparable(folder)
-    train, valid = their_corpus(folder, runs, options)
     rows = table([{"run": name, **figures(run)} for name, run in runs.items()])
     sentences, shares = written(runs, train, valid)
     text = "\n\n".join([rows, table(felt(runs, valid)), "\n".join(sentences), table(shares)]) + "\n"
@@ -1530,8 +1547,7 @@ def epochs_in(minutes: float, options, corpus) -> int:
     """The epochs that take `minutes` of training, at least 1: by a trial of 50 batches, thrown away."""
     trial, since = Training(options, Path(), *corpus), time.perf_counter()
     for batch in islice(share(trial.train), 50):
-        batch = batch.to(options.device)
-        maskedCrossEntropy(trial.parallel(batch), batch, PAD_IX).backward()
+        trial.loss(batch.to(options.device)).backward()
         trial.update(rate=0.0, norm=0.0, limit=math.inf)
     (seconds,) = everywhere((time.perf_counter() - since) / WORLD)  # alike in each process
     epoch = seconds / min(50, len(trial.train)) * len(trial.train)
@@ -1558,26 +1574,31 @@ def begin(options) -> None:
     for plan in plans:
         plan.hidden = matched(plan) if options.match_parameters else plan.hidden
         check_memory(plan)
-    corpus = load_corpus(options)
+    train, valid, described = load_corpus(options)
     folder, failed = Path() if RANK else new_folder(options), []
     for plan in plans:
         plan.run = folder / plan.model if len(plans) > 1 else folder
-        if not RANK and (plan.run / "last.pt").exists():
-            raise LabError(f"{plan.run} holds a run already: go on with --resume, or choose another --run")
+        refuse_used(plan.run)
     for plan in plans:
         try:
-            if not begin_one(plan, corpus):
+            if not begin_one(plan, (train, valid, described)):
                 say_what_is_left(folder, plans[plans.index(plan) + 1 :])
                 return
         except LabError as error:
-            if len(plans) == 1:
+            if len(plans) == 1 or WORLD > 1:  # other processes would not know of it
                 raise
             warn(error)  # a cell that diverges is a result, too
             failed.append(plan.model)
     if len(plans) > 1 and not RANK:
-        compare(folder, options)
+        compare(folder, comparable(folder), train, valid, options)
     if failed:
         raise LabError(f"{', '.join(failed)} did not come to an end, see above")
+
+
+def refuse_used(folder: Path) -> None:
+    """LabError if the folder of a new run holds one already."""
+    if not RANK and (folder / "last.pt").exists():
+        raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
 
 
 def say_what_is_left(folder: Path, plans: list) -> None:
@@ -1592,6 +1613,7 @@ def begin_one(options, corpus) -> bool:
     """Train a new run in `options.run`; False if it was stopped."""
     folder = Path() if RANK else new_folder(options)
     with locked(folder):
+        refuse_used(folder)  # again: another process may have trained it in the meantime
         if options.minutes:
             options.epochs = epochs_in(options.minutes, options, corpus)
         return train(Training(options, folder, *corpus))
@@ -1624,7 +1646,8 @@ def main() -> None:
     with joined(options.device):
         if options.compare:
             if not RANK:
-                compare(options.compare, options)
+                runs = comparable(options.compare)
+                compare(options.compare, runs, *their_corpus(options.compare, runs, options), options)
         elif options.resume:
             resume(options)
         else:

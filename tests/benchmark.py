@@ -415,7 +415,7 @@ def load(corpora: list[Path], megabytes: int = 500) -> None:
 
 
 def stopped_after(seconds: float, path: Path) -> tuple[float, float]:
-    """A default LSTM stopped that long after its first step: seconds of training and validation loss in nats."""
+    """A default LSTM stopped that long after it was started: seconds of training and validation loss in nats."""
     import tp5
 
     options = tp5.command_parser().parse_args(["--data", str(path), "--device", "cpu"])

@@ -121,6 +121,16 @@ def test_tracking_is_numpys_correlation_of_each_unit(cell):
             assert correlations[i, unit].item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_no_unit_follows_anything_in_a_model_that_does_not_move():
+    model = small_model("lstm").float()
+    with torch.no_grad():
+        for parameter in model.rnn.parameters():
+            parameter.zero_()
+    found = tracking(model, [batch_of(TEXTS)])
+    assert all((correlations == 0).all() for correlations in found.values())
+    assert followers(found) == [] and tp5.table(followers(found)) == "none"
+
+
 def test_picture_shows_each_value_once_and_the_text():
     torch.manual_seed(0)
     values = torch.rand(6, 500)  # a gate, while 5 characters are read
