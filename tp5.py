@@ -1520,7 +1520,7 @@ def train(training: Training) -> bool:
     if not finished:
         print(f"Stopped and saved in {folder}. Go on with: python tp5.py --resume {folder}")
         return False
-    if not RANK:
+    if training.monitor.writer:  # process 0, unless events cannot be written: that was said once
         look_inside(options, folder, training.valid)
     chosen = "" if folder.parent == RUNS else f" --checkpoint {folder / 'best.pt'}"
     print(f"Run saved in {folder}. Next: python generate.py --beam 5{chosen}; tensorboard --logdir {folder.parent}")
