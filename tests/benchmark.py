@@ -212,22 +212,24 @@ def record() -> None:
         training.monitor = tp5.Monitor(folder, options, 0)
         batches = list(itertools.islice(tp5.share(training.train), 20))
 
-        def steps(scalars_every: int, histograms_every: int) -> None:
-            training.monitor.scalars_every, training.monitor.histograms_every = scalars_every, histograms_every
+        def steps(every: int) -> None:
+            training.monitor.histograms_every = every
             for batch in batches:
                 training.train_step(batch)
 
-        calls = {"off": (0, 0), "scalars": (options.scalars_every, 0), "histograms": (0, 1)}
-        seconds = {
-            n: s / len(batches) for n, s in alternate({n: partial(steps, *c) for n, c in calls.items()}, 3).items()
-        }
+        training.monitor.scalars_every = 0
+        rounds = alternate({"off": partial(steps, 0), "histograms": partial(steps, 1)}, 3)
+        seconds = {name: of_20 / len(batches) for name, of_20 in rounds.items()}
+        training.monitor.scalars_every = 1  # timed alone: beside a step, they are lost in its noise
+        scalars = dict(steps=1, clipped=0, nats=1.0, symbols=1, seconds=1.0)
+        seconds |= alternate({"scalars": lambda: training.monitor.step(0, 1e-3, 1.0, **scalars)}, 101)
         training.save("best.pt", final=True)
         start = time.perf_counter()
         tp5.look_inside(options, folder, training.valid)
         inside = time.perf_counter() - start
         training.monitor.close()
     run = training.steps * seconds["off"]
-    scalars = training.steps * (seconds["scalars"] - seconds["off"])
+    scalars = training.steps / options.scalars_every * seconds["scalars"]
     histograms = training.steps / options.histograms_every * (seconds["histograms"] - seconds["off"])
     rows = [row(what, cost, run, cost / run) for what, cost in
             (("scalars", scalars), ("histograms", histograms), ("the inside, at the end", inside))]  # fmt: skip
