@@ -320,8 +320,12 @@ class Beam:
         if self.generator is not None:
             return [drawn for _, drawn in sorted(self.ended + self.cut, key=lambda pair: -pair[0])]
         cut = sorted((found for _, found in self.cut), key=lambda found: -found.search_log_prob)
-        found = [found for _, found in self.ended] + cut
-        return [replace(each, gap=max(0.0, self.bound - each.search_log_prob)) for each in found[: self.n]]
+        return with_gaps([*(found for _, found in self.ended), *cut][: self.n], self.bound)
+
+
+def with_gaps(found: list[Hypothesis], bound: float) -> list[Hypothesis]:
+    """Each with its gap to `bound`, the best that a sentence not in `found` may reach."""
+    return [replace(each, gap=max(0.0, bound - each.search_log_prob)) for each in found]
 
 
 @torch.inference_mode()
@@ -470,7 +474,7 @@ class Exact:
         self.symbols, self.state = reader.prompt(eos, start)
         seeds = beam.run()
         self.cut = [seed for seed in seeds if not seed.ended]
-        self.found = {seed.text: (seed.search_log_prob, seed.log_prob) for seed in seeds if seed.ended}
+        self.found = {seed.text: seed for seed in seeds if seed.ended}
 
     def run(self) -> list[Hypothesis]:
         """Search until nothing can be better or the budget is spent; the `n` best, best first."""
@@ -483,16 +487,11 @@ class Exact:
             self.bound = max(self.bound, frontier.push(*children))
             nodes = frontier.pop(min(BATCH, self.budget - self.expanded), self.floor())
         self.bound = max(self.bound, *frontier.waiting[0].sort(descending=True).values[:1].tolist(), NEVER)
-        ended = [
-            Hypothesis(text, own, True, max(0.0, self.bound - score), score)
-            for text, (score, own) in self.found.items()
-        ]
-        cut = [replace(seed, gap=max(0.0, self.bound - seed.search_log_prob)) for seed in self.cut]
-        return (ended + cut)[: self.n]
+        return with_gaps([*self.found.values(), *self.cut][: self.n], self.bound)
 
     def floor(self) -> float:
         """The score that a sentence must beat to be among the `n` best."""
-        return list(self.found.values())[self.n - 1][0] if len(self.found) >= self.n else NEVER
+        return [*self.found.values()][self.n - 1].search_log_prob if len(self.found) >= self.n else NEVER
 
     def expand(self, scores, own, symbols, lengths, codes, state):
         """Read the last symbols (K,) of prefixes; note the sentences that end there.
@@ -512,8 +511,8 @@ class Exact:
 
     def note(self, text: str, score: float, own: float) -> None:
         """Keep a sentence if it is new and among the `n` best."""
-        self.found.setdefault(text, (score, own))
-        best = sorted(self.found.items(), key=lambda item: -item[1][0])
+        self.found.setdefault(text, Hypothesis(text, own, True, None, score))
+        best = sorted(self.found.items(), key=lambda item: -item[1].search_log_prob)
         self.found = dict(best[: self.n])
 
 
@@ -719,7 +718,8 @@ def facts(hypothesis, first: bool) -> str:
     if hypothesis.gap == 0 and hypothesis.ended:
         said.append("proved optimal" if first else "proved next best")
     elif hypothesis.gap is not None and not hypothesis.ended:
-        said.append(f"no sentence that ends is above {hypothesis.search_log_prob + hypothesis.gap:.2f} nats")
+        which = "no sentence" if first else "no other sentence"
+        said.append(f"{which} that ends is above {hypothesis.search_log_prob + hypothesis.gap:.2f} nats")
     elif hypothesis.gap is not None:
         where = "from the optimum" if first else "below a sentence not shown"
         said.append(f"at most {hypothesis.gap:.2f} nats {where}")
@@ -816,7 +816,7 @@ def parse_options():
     add("--nucleus", type=number(float, 0, 1, above=True), metavar="ALPHA",
         help="only the likeliest symbols of mass ALPHA (after temperature and top-k)")  # fmt: skip
     add("--start", default="", metavar="TEXT", help="text that the sentence goes on from")
-    add("--maxlen", type=number(int, 1), default=MAXLEN, metavar="N", help="most new characters of a sentence")
+    add("--maxlen", type=number(int, 1, 2**20), default=MAXLEN, metavar="N", help="most new characters of a sentence")
     add("--min-length", type=number(int, 0), default=0, metavar="N", help="fewest, for --beam and --exact")
     add("--budget", type=number(int, 1), default=BUDGET, metavar="N", help="prefixes that --exact may expand")
     add("-n", type=number(int, 1), metavar="N", help="sentences of each decoder (default: 1; --beam K --sample: K)")

@@ -277,7 +277,7 @@ class BucketSampler(Sampler):
     shuffle  batches in random order, and sentences of like length meet in other batches each epoch
              (`set_epoch`), as `seed` says; otherwise all by length
 
-    Each epoch takes every index once. In a batch, sentences stand by length.
+    Each epoch takes every index once. In a batch, sentences stand by length, within JITTER if shuffled.
     """
 
     def __init__(self, lengths, batch_size: int, *, shuffle: bool = True, seed: int = 0):

@@ -98,7 +98,7 @@ class Cell(nn.Module):
     """
 
     gates: tuple[str, ...]  # in the order of their rows in the parameters
-    states: tuple[str, ...] = ("h",)
+    states: tuple[str, ...] = ("h",)  # the output first
     has_bias = True
 
     def __init__(self, input_size: int, hidden_size: int):
@@ -936,7 +936,7 @@ def everywhere(*numbers: float) -> tuple[float, ...]:
 def share(loader, start: int = 0) -> DataLoader:
     """This process's part of the loader's batches from number `start` on; those before are not even loaded.
 
-    A batch is sorted by length, so that every `WORLD`-th sentence makes parts of equal work. A part
+    A batch is sorted by length (nearly), so that every `WORLD`-th sentence makes parts of equal work. A part
     without a sentence, of a last batch of few, is a BLANK: nothing to learn from, nothing to count.
     """
     parts = (batch[RANK::WORLD] for batch in islice(loader.batch_sampler, start, None))
@@ -968,7 +968,7 @@ def load_corpus(options):
     print(f"{one_line(options.data)}: {sizes}")
     if dataset.left_out():
         print(f"left out: {dataset.left_out()}")
-    return train, valid, {"name": Path(options.data).name, "sha256": digest.hexdigest()}
+    return train, valid, {"name": one_line(Path(options.data).name), "sha256": digest.hexdigest()}
 
 
 def batches(subset, options, shuffle: bool) -> DataLoader:
@@ -1130,10 +1130,9 @@ class Training:
 
     def diverged(self, what: str) -> LabError:
         """The error that ends a run whose numbers `what` says are not finite."""
-        return LabError(
-            f"{what} not finite after step {self.progress['step']:,}: train anew with a smaller --lr, or --clip 1; "
-            f"the last good checkpoint in {self.folder} is kept"
-        )
+        advice = "a smaller --lr, or --clip 1" if self.progress["step"] else "a smaller --recurrent-scale"
+        kept = f"; the last good checkpoint in {self.folder} is kept" if self.progress["step"] else ""
+        return LabError(f"{what} not finite after step {self.progress['step']:,}: train anew with {advice}{kept}")
 
     def train_epoch(self) -> bool:
         """Train on the epoch's batches that are left; False if it was stopped before the last."""
@@ -1405,16 +1404,16 @@ class Models(argparse.Action):
 def command_parser() -> Parser:
     """All options of the command line, with their ranges and defaults."""
     parser = Parser(prog="tp5.py", description="Train a character model with a recurrent cell written by hand.")
-    add = parser.add_argument
+    add, size = parser.add_argument, number(int, 1, 2**27)  # beyond, torch overflows
     add("--model", nargs="+", action=Models, choices=[*CELLS, "all"], default="lstm", metavar="CELL",
         help="rnn, gru or lstm; several, or all: train one after another, then compare")  # fmt: skip
     add("--data", default=str(CORPUS), metavar="PATH", help="a UTF-8 text file")
     add("--epochs", type=number(int, 1), default=5, metavar="N", help="passes over the training sentences")
     add("--minutes", type=number(float, 0, above=True), metavar="M",
         help="as many epochs as take about M minutes, by a short trial; instead of --epochs")  # fmt: skip
-    add("--batch-size", type=number(int, 1), default=BATCH_SIZE, metavar="B", help="sentences in a process's batch")
-    add("--embedding", type=number(int, 1), default=128, metavar="E", help="size of a symbol's embedding")
-    add("--hidden", type=number(int, 1), default=HIDDEN, metavar="H", help="size of the hidden state")
+    add("--batch-size", type=size, default=BATCH_SIZE, metavar="B", help="sentences in a process's batch")
+    add("--embedding", type=size, default=128, metavar="E", help="size of a symbol's embedding")
+    add("--hidden", type=size, default=HIDDEN, metavar="H", help="size of the hidden state")
     add("--match-parameters", action="store_true",
         help="choose each hidden size: the least with as many parameters as an LSTM of --hidden")  # fmt: skip
     add("--recurrent-scale", type=number(float, 0), default=1.0, metavar="FACTOR",
@@ -1427,7 +1426,8 @@ def command_parser() -> Parser:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
     add("--precision", choices=("float32", "bf16"), default="float32",
         help="of the recurrent products; bf16 only where the processor has it in hardware")  # fmt: skip
-    add("--threads", type=number(int, 1), metavar="N", help="threads of a process (default: PyTorch's, a core each)")
+    add("--threads", type=number(int, 1, 999), metavar="N",
+        help="threads of a process (default: PyTorch's, a core each)")  # fmt: skip
     add("--scalars-every", type=number(int, 0), default=20, metavar="N", help="steps between scalars; 0: off")
     add("--histograms-every", type=number(int, 0), default=400, metavar="N",
         help="steps between histograms; 0: off, with all that is shown of the cells' inside")  # fmt: skip
@@ -1441,6 +1441,13 @@ def command_parser() -> Parser:
     return parser
 
 
+def given() -> dict:
+    """What the command line names, by option; None where it says nothing."""
+    parser = command_parser()
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # defaults do not overwrite its None
+    return vars(parser.parse_args(namespace=blank))
+
+
 def parse_options():
     """The command line's options; LabError for those that do not go together or that this machine cannot do."""
     options = command_parser().parse_args()
@@ -1448,8 +1455,12 @@ def parse_options():
         raise LabError("--run, --resume and --compare do not go together: each names a folder")
     if options.resume and (options.minutes or options.match_parameters):
         raise LabError("--minutes and --match-parameters are for new runs: --resume goes on with the run's own sizes")
-    if options.compare and options.look:
-        raise LabError("--look does not go with --compare: look at a run with --resume RUN --look TEXT")
+    named = {name for name, value in given().items() if value is not None}
+    if options.compare and (others := sorted(named - {"compare", "data", "device"})):
+        other = others[0].replace("_", "-")
+        raise LabError(f"--compare trains nothing: leave --{other} out; to look at a run: --resume RUN --look TEXT")
+    if {"minutes", "epochs"} <= named:
+        raise LabError("--minutes is instead of --epochs: leave one of them out")
     if options.look is not None and (not options.look.strip() or clean(options.look)[1]):
         raise LabError("--look: give a text, and only characters of the alphabet (ASCII)")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -1466,6 +1477,7 @@ def new_folder(options) -> Path:
     name = options.model if isinstance(options.model, str) else "compare"
     folder = options.run or RUNS / f"{name}-{time.strftime('%Y-%m-%d_%H%M%S')}"
     try:
+        str(folder).encode()  # TensorBoard needs it
         while True:
             try:
                 folder.mkdir(parents=True, exist_ok=options.run is not None)
@@ -1476,17 +1488,18 @@ def new_folder(options) -> Path:
                 folder = folder.with_name(folder.name + "+")
     except OSError as error:
         raise LabError(f"cannot make the folder {folder}: {error.strerror}") from None
+    except UnicodeEncodeError:
+        raise LabError(f"--run {folder}: its name is not UTF-8, choose another") from None
 
 
 def take_over(options, saved: dict) -> None:
     """Replace `options` by those of the run that is resumed; say which of the command line that overrides."""
-    blank = argparse.Namespace(**dict.fromkeys(vars(options)))  # defaults do not overwrite its None
-    given = vars(command_parser().parse_args(namespace=blank))
+    asked = given()
     for name, value in saved.items():
-        if name == "data" and given[name]:  # the corpus may have moved: `restore` compares its content
+        if name == "data" and asked[name]:  # the corpus may have moved: `restore` compares its content
             continue
-        if given[name] not in (None, value):
-            print(f"ignored: --{name.replace('_', '-')} {given[name]}; the run has {value}")
+        if asked[name] not in (None, value):
+            print(f"ignored: --{name.replace('_', '-')} {asked[name]}; the run has {value}")
         setattr(options, name, value)
 
 
@@ -1515,8 +1528,11 @@ def train(training: Training) -> bool:
         f"{options.model} with {parameters(training.model):,} parameters on {options.device}, "
         f"{training.steps:,} steps: {folder}"
     )
-    with stop_on_signal() as stop:
-        finished = training.run(stop)
+    try:
+        with stop_on_signal() as stop:
+            finished = training.run(stop)
+    except BrokenPipeError:
+        raise LabError(f"nobody reads the output any more: go on with python tp5.py --resume {folder}") from None
     if not finished:
         print(f"Stopped and saved in {folder}. Go on with: python tp5.py --resume {folder}")
         return False

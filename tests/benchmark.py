@@ -122,7 +122,45 @@ def step() -> None:
         default = (size, hidden) == (BATCH_SIZE, HIDDEN) and cell != "rnn"
         what = f"{cell} B {size}, H {hidden}{' (default)' if default else ''}"
         rows.append(row(what, ms["ours"], ms["torch"], ms["torch"] / ms["ours"], at_least=1.3 if default else 0.9))
+    calls = {"products": products, "torch": lstm_alone()}
+    ms = {name: 1000 * seconds for name, seconds in alternate(calls).items()}
+    what = "products of an LSTM by hand, all of torch.nn.LSTM (default; the most that the cell could gain)"
+    rows.append(row(what, ms["products"], ms["torch"], ms["torch"] / ms["products"]))
     table(f"Training step, T {T}, E {E}, float32: ours against torch.nn", rows, "ms")
+
+
+def products() -> None:
+    """The matrix products that no LSTM by hand can do without, forward and back over T symbols, and nothing else."""
+    W, h, d_a = torch.ones(4 * HIDDEN, HIDDEN), torch.ones(HIDDEN, BATCH_SIZE), torch.ones(4 * HIDDEN, BATCH_SIZE)
+    for _ in range(T):
+        W @ h
+    for _ in range(T):
+        W.t() @ d_a
+    torch.ones(4 * HIDDEN, T * BATCH_SIZE) @ torch.ones(T * BATCH_SIZE, HIDDEN)
+
+
+def lstm_alone():
+    """torch.nn.LSTM at default sizes, forward and back, without the rest of the model."""
+    rnn, x = nn.LSTM(E, HIDDEN), torch.ones(T, BATCH_SIZE, E, requires_grad=True)
+    return lambda: rnn(x)[0].sum().backward()
+
+
+def threads() -> None:
+    """A default training step with each number of threads, for the default of --threads: a core each."""
+    rows, cores = [], torch.get_num_threads()
+    for cell in TORCH_CELLS:
+        run = training_step(cell, BATCH_SIZE, HIDDEN)
+
+        def with_threads(number: int, run=run) -> None:
+            torch.set_num_threads(number)
+            run()
+
+        counts = range(1, cores + 1)
+        ms = {n: 1000 * s for n, s in alternate({n: partial(with_threads, n) for n in counts}).items()}
+        torch.set_num_threads(cores)
+        for n in counts[1:]:
+            rows.append(row(f"{cell}: {n} threads, 1 thread", ms[n], ms[1], ms[1] / ms[n], at_least=1))
+    table(f"Training step by threads, B {BATCH_SIZE}, T {T}, E {E}, H {HIDDEN}", rows, "ms")
 
 
 def bf16() -> None:
@@ -333,11 +371,10 @@ def characters_per_second(model: nn.Module, dataset, batches: list[list[int]]) -
 
 
 def validation_nats(path: Path, bucketed: bool) -> float:
-    """The default LSTM's best validation loss after its epochs on 4,000 sentences of a corpus."""
+    """The default LSTM's best validation loss after its epochs; with random batches, that takes minutes."""
     import tp5
 
-    arguments = ["--data", str(path), "--maxsent", "4000", "--histograms-every", "0", "--device", "cpu"]
-    options = tp5.command_parser().parse_args(arguments)
+    options = tp5.command_parser().parse_args(["--data", str(path), "--histograms-every", "0", "--device", "cpu"])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         training = tp5.Training(options, Path(folder), *tp5.load_corpus(options))
         if not bucketed:
@@ -371,7 +408,7 @@ def padding(corpora: list[Path]) -> None:
             row(f"{path.name}: characters/s, published solution", ours, published, ours / published, at_least=6)
         )
         nats = [validation_nats(path, bucketed) for bucketed in (True, False)]
-        what = f"{path.name}: validation nats, 4,000 sentences (ratio: ours more)"
+        what = f"{path.name}: validation nats after a default run, random batches (ratio: ours more)"
         rows.append(row(what, *nats, nats[0] - nats[1], at_most=0.01))
     table(f"Padding, LSTM, B {BATCH_SIZE}, E {E}, H {HIDDEN}", rows, "as named")
 
@@ -453,7 +490,15 @@ def quality(corpora: list[Path]) -> None:
 
 
 ON_CORPORA = {"padding": padding, "load": load, "quality": quality}
-POINTS = {"step": step, "bf16": bf16, "decode": decode, "record": record, "resume": resume, "ddp": ddp}
+POINTS = {
+    "step": step,
+    "threads": threads,
+    "bf16": bf16,
+    "decode": decode,
+    "record": record,
+    "resume": resume,
+    "ddp": ddp,
+}
 
 
 def main() -> None:
