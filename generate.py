@@ -838,6 +838,8 @@ def parse_options():
          f"-n {options.n} sentences need a beam of at least as many: --beam {options.n}"),
         (options.min_length > options.maxlen, f"--min-length {options.min_length} is above --maxlen {options.maxlen}"),
         (options.min_length and (options.sample or not searched), "--min-length goes with --beam or --exact"),
+        (options.budget != BUDGET and not options.exact and (options.greedy or options.beam or drawn or narrowed),
+         "--budget goes with --exact"),
         (options.stream and (searched or not (options.greedy or drawn or narrowed)),
          "--stream goes with --greedy, --sample, --temperature, --top-k or --nucleus, without --beam or --exact"),
     ):  # fmt: skip

@@ -23,7 +23,7 @@ import zipfile
 from bisect import bisect_left
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import timedelta
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +97,15 @@ class Cell(nn.Module):
     `back` as well, the backward pass by hand: see `ThroughTime`.
     """
 
+    back = None  # by hand, or else autograd's
     gates: tuple[str, ...]  # in the order of their rows in the parameters
     states: tuple[str, ...] = ("h",)  # the output first
     has_bias = True
+
+    def __init_subclass__(cls):
+        """An inherited backward pass is not that of new equations."""
+        if "equations" in vars(cls) and "back" not in vars(cls):
+            cls.back = None
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
@@ -152,7 +158,7 @@ class Cell(nn.Module):
         W, device = self.hidden_weight, projected.device.type
         if torch.is_autocast_enabled(device):
             W = W.to(torch.get_autocast_dtype(device))
-        by_hand = hasattr(self, "back") and torch.is_grad_enabled()
+        by_hand = self.back is not None and torch.is_grad_enabled()
         run = ThroughTime.apply if by_hand else through_time
         with torch.autocast(device, enabled=False):  # only the products with W leave float32
             output, *state = run(self, projected, W, *columns(state))
@@ -407,6 +413,7 @@ def evaluate(model, loader, device) -> float:
 # --------------------------------------------------------------------------------- looking inside
 
 LAGS = 40  # characters that a loss is followed back
+LONGEST = 1000  # characters of a validation sentence that are looked at, its first
 
 
 def gradient_flow(model, batch, lags: int = LAGS) -> dict:
@@ -1258,11 +1265,16 @@ def figures(checkpoint: dict) -> dict:
     }
 
 
+def beginnings(sentences):
+    """A batch (T, B) of sentences; one of more than LONGEST characters ends after so many."""
+    return pad_collate_fn([string2code(code2string(sentence)[:LONGEST]) for sentence in sentences])
+
+
 def some(subset, count: int, length: int):
     """A batch (T, count) of the first sentences that have `length` characters; of the longest if they are few."""
     lengths = subset.dataset.lengths[subset.indices]
     order = np.argsort(-np.minimum(lengths, length).astype(int), kind="stable")[:count]
-    return pad_collate_fn([subset[i] for i in order])
+    return beginnings([subset[i] for i in order])
 
 
 def before_and_after(checkpoint: dict) -> dict:
@@ -1293,13 +1305,14 @@ def look_inside(options, folder: Path, valid: DataLoader) -> None:
         monitor.symbols(model.emb, folder)
         order = list(valid.batch_sampler)
         chosen = order[:: -(-len(order) // 8)]  # eight batches, of all lengths
-        batches = DataLoader(valid.dataset, batch_sampler=chosen, collate_fn=pad_collate_fn)
+        batches = DataLoader(valid.dataset, batch_sampler=chosen, collate_fn=beginnings)
         found = table(followers(tracking(model, batches)))
         monitor.text("units/that_follow_the_text", found)
         print(f"Units of the {model.cell} that follow the text:\n{found}")
         texts = [code2string(sentence) for sentence in some(valid.dataset, 3, 60).t().tolist()]
         for i, text in enumerate([options.look] if options.look else texts):
             monitor.look(model, text, i)
+        print(f"Its gates on {'that' if options.look else 'a'} text: look/{model.cell}/… among TensorBoard's images")
     monitor.close()
 
 
@@ -1308,10 +1321,12 @@ def comparable(folder: Path) -> dict:
     runs = {path.parent.relative_to(folder).as_posix(): load_checkpoint(path) for path in folder.glob("**/best.pt")}
     if not runs:
         raise LabError(f"no run in {folder} to compare: train some with `python tp5.py --model all`")
-    first, *others = ({**run["options"], "data": run["corpus"]["sha256"]} for run in runs.values())
-    for option in ("data", "seed", "maxlen", "maxsent"):
-        if any(other[option] != first[option] for other in others):
-            raise LabError(f"the runs in {folder} cannot be compared: they differ in --{option}, so in their sentences")
+    options = {name: {**run["options"], "data": run["corpus"]["sha256"]} for name, run in runs.items()}
+    first = min(options)
+    for other, option in product(options, ("data", "seed", "maxlen", "maxsent")):
+        if options[other][option] != options[first][option]:
+            which = f"in {folder}, {first} and {other}"
+            raise LabError(f"{which} cannot be compared: they differ in --{option}, so in their sentences")
     cells = list(CELLS)
     return dict(sorted(runs.items(), key=lambda item: (cells.index(item[1]["model"]["cell"]), item[0])))
 
@@ -1638,6 +1653,7 @@ def begin_one(options, corpus) -> bool:
 def resume(options) -> None:
     """Go on with a run; look inside again if it has finished."""
     folder = newest_checkpoint(name="last.pt").parent if options.resume == "newest" else Path(options.resume)
+    folder = folder.parent if folder.name == "last.pt" else folder
     last = folder / "last.pt"
     if not last.exists():
         raise LabError(f"cannot read {last}: there is no run to resume")

@@ -1,17 +1,19 @@
 """The three scripts as a user runs them."""
 
 import math
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CELLS, ROOT, SMALL, command, refused
+from conftest import CELLS, ROOT, SMALL, command, refused, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tp5
-from textloader import PAD_IX, TextDataset, pad_collate_fn, read_text
+from textloader import PAD_IX, LabError, TextDataset, pad_collate_fn, read_text
 from tp5 import load_checkpoint, load_model
 
 GATES = {"rnn": ["h"], "gru": ["z", "r", "candidate", "h"], "lstm": ["f", "i", "candidate", "o", "C", "h"]}
@@ -105,7 +107,7 @@ def test_same_seed_same_run(runs, tmp_path):
 def test_resuming_a_finished_run(runs):
     """It says so, and what of the command line it ignores; nothing is written."""
     before = (runs / "lstm" / "last.pt").read_bytes()
-    result = command("tp5.py", "--resume", runs / "lstm", "--lr", "0.5", "--epochs", "9", "--hidden", "24")
+    result = command("tp5.py", "--resume", runs / "lstm" / "last.pt", "--lr", "0.5", "--epochs", "9", "--hidden", "24")
     assert result.returncode == 0, result.stderr
     assert "ignored: --lr 0.5; the run has 0.008" in result.stdout
     assert "ignored: --epochs 9; the run has 2" in result.stdout and "--hidden" not in result.stdout
@@ -131,6 +133,9 @@ def test_resuming_with_another_corpus(runs, tmp_path):
         ("tp5.py", ["--lr", "nan"], ["--lr"]),
         ("tp5.py", ["--hidden", "x"], ["--hidden", "not a number"]),
         ("tp5.py", ["--hidden", "99999999"], ["GB", "--hidden"]),
+        ("tp5.py", ["--hidden", "100000000000"], ["--hidden", "at most"]),
+        ("tp5.py", ["--batch-size", 23 * "9"], ["--batch-size", "at most"]),
+        ("tp5.py", ["--threads", "2147483647"], ["--threads", "at most"]),
         ("tp5.py", ["--model", "transformer"], ["--model", "lstm"]),
         ("tp5.py", ["--data", "missing.txt"], ["cannot read"]),
         ("tp5.py", ["--data", "."], ["cannot read"]),
@@ -175,6 +180,26 @@ def test_diverging_run_stops_with_advice(tmp_path):
     result = command("tp5.py", "--run", tmp_path / "run", *SMALL, "--lr", "1e38", "--clip", "0")
     refused(result, "not finite", "--lr")
     assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_names_that_are_not_utf8(tmp_path, trained):
+    corpus = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    Path(os.fsdecode(corpus)).write_text("Yes. We. Can. " * 20, encoding="utf-8")
+    small = (*SMALL[2:6], "--epochs", 1)
+    trained("--data", os.fsdecode(corpus), "--run", tmp_path / "run", *small)
+    assert load_checkpoint(tmp_path / "run" / "best.pt")["corpus"]["name"] == "caf .txt"
+    with pytest.raises(LabError, match="not UTF-8"):
+        trained("--data", os.fsdecode(corpus), "--run", os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"), *small)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX pipe")
+def test_reader_of_the_output_goes_away(tmp_path):
+    process = start("tp5.py", "--run", tmp_path / "run", *SMALL)
+    while not process.stdout.readline().startswith("lstm with"):
+        pass
+    process.stdout.close()
+    assert "--resume" in process.stderr.read() and process.wait() == 2
 
 
 @pytest.fixture

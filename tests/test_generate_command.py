@@ -130,6 +130,8 @@ def test_same_seed_same_sentences(written):
         (["--temperature", "-1"], ["--temperature", "at least 0"]),
         (["--maxlen", "0"], ["--maxlen"]),
         (["--budget", "0"], ["--budget"]),
+        (["--beam", "3", "--budget", "5"], ["--budget", "--exact"]),
+        (["--exact", "--maxlen", "100000000000"], ["--maxlen", "at most"]),
         (["--beam", "2", "-n", "3"], ["--beam 3"]),
         (["--greedy", "--sample"], ["--greedy"]),
         (["--greedy", "-n", "2"], ["-n"]),

@@ -153,6 +153,23 @@ def test_bfloat16_products_stay_close(name):
 
 
 @pytest.mark.parametrize("name", CELLS)
+def test_other_equations_get_their_own_gradients(name):
+    """The backward pass of a cell of ours is not that of a subclass with other equations."""
+
+    class Halved(CELLS[name]):
+        def equations(self, W, px, *state):
+            return super().equations(W, px / 2, *state)
+
+    class Renamed(CELLS[name]):
+        """Still has it."""
+
+    assert Halved.back is None and Renamed.back is CELLS[name].back is not None
+    torch.manual_seed(8)
+    cell, x = Halved(2, 3).double(), torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: cell(x)[0], x)
+
+
+@pytest.mark.parametrize("name", CELLS)
 def test_a_students_cell_needs_only_its_equations(name):
     """Without `slopes` and `back`, autograd goes through the loop; the gradients are the same."""
 

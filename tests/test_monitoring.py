@@ -16,6 +16,7 @@ import torch
 from conftest import CELLS, SMALL, command, refused
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import Subset
 
 import textloader
 import tp5
@@ -239,7 +240,7 @@ def test_runs_of_other_sentences_are_not_compared(compared, tmp_path):
         checkpoint["options"]["seed"] = seed
         (tmp_path / name).mkdir()
         torch.save(checkpoint, tmp_path / name / "best.pt")
-    refused(command("tp5.py", "--compare", tmp_path), "cannot be compared", "--seed")
+    refused(command("tp5.py", "--compare", tmp_path), "a and b cannot be compared", "--seed")
     (tmp_path / "corpus.txt").write_text("It is. Or not. Who knows?", encoding="utf-8")
     refused(command("tp5.py", "--compare", compared[0], "--data", tmp_path / "corpus.txt"), "--data")
 
@@ -251,6 +252,13 @@ def test_followers_name_the_closest_unit():
     assert [tuple(row.values())[1:3] for row in rows[:2]] == [("C", 2), ("C", 3)]
     assert rows[0]["correlation"] == pytest.approx(-0.9)
     assert len(rows) == 2  # the others never changed
+
+
+def test_of_a_very_long_sentence_its_beginning_is_shown():
+    dataset = textloader.TextDataset("It is. " + "a" * (tp5.LONGEST + 5) + ".")
+    batch = tp5.some(Subset(dataset, np.arange(2)), 2, 60)
+    assert batch.shape == (tp5.LONGEST + 1, 2) and batch[-1, 0] == EOS_IX
+    assert batch[:6, 1].tolist() == dataset[0].tolist()
 
 
 @pytest.mark.parametrize("cell", ("rnn", "lstm"))
@@ -307,6 +315,8 @@ def test_look_at_a_finished_run(compared, tmp_path):
         (["--compare", "runs", "--run", "x"], ["--compare", "--run"]),
         (["--compare", "tests"], ["no run in tests"]),
         (["--compare", "runs", "--look", "x"], ["--look", "--resume"]),
+        (["--compare", "runs", "--lr", 1], ["--compare", "--lr"]),
+        (["--minutes", 1, "--epochs", 3], ["--minutes", "--epochs"]),
     ],
 )
 def test_refused_options(options, words):
