@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -395,6 +396,19 @@ class CharModel(nn.Module):
         else:
             output, _ = self.rnn(self.emb(inputs))
         return self.decoder(output)
+
+
+class Outline(TorchFunctionMode):
+    """`with Outline():` a model has its shapes, but no memory, no values, and draws no random numbers.
+
+    As `torch.device("meta")`, but for random values: what torch does in their place takes it a second to import.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("normal_", "uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        with torch.device("meta"):
+            return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -853,7 +867,7 @@ def check_tensors(checkpoint: dict, size: int) -> None:
         raise LabError("something stands in place of a tensor")
     if sum(t.numel() * t.element_size() for t in tensors) > size:
         raise LabError("its tensors claim more than the file holds")
-    with torch.device("meta"):  # shapes without memory: the sizes may be lies
+    with Outline():  # shapes without memory: the sizes may be lies
         model = CharModel(**checkpoint["model"])
     check_shapes(weights, {name: value.shape for name, value in model.state_dict().items()}, "weights")
     steps = checkpoint["progress"]["step"] - checkpoint["progress"]["skipped"]  # that the optimiser made
@@ -883,7 +897,7 @@ def check_shapes(tensors: dict, shapes: dict, what: str) -> None:
 
 def model_of(checkpoint: dict) -> CharModel:
     """The model of a checkpoint, ready to write."""
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+    with Outline():  # its weights are replaced at once
         model = CharModel(**checkpoint["model"])
     model.load_state_dict(checkpoint["weights"], assign=True)
     return model.eval()
@@ -1567,7 +1581,7 @@ def matched(options) -> int:
     """The least hidden size with which the model has as many parameters as an LSTM of `options.hidden`."""
 
     def count(cell, hidden):
-        with torch.device("meta"):
+        with Outline():
             return parameters(CharModel(cell, options.embedding, hidden))
 
     sizes = range(1, 8 * options.hidden)
@@ -1589,7 +1603,7 @@ def epochs_in(minutes: float, options, corpus) -> int:
 
 def check_memory(options) -> None:
     """LabError if a model of these sizes, its gradient and Adam's two moments find no room."""
-    with torch.device("meta"):
+    with Outline():
         size = 4 * 4 * parameters(CharModel(**configuration(options)))  # bytes
     try:
         torch.empty(size, dtype=torch.uint8)  # asked for, not touched
