@@ -395,8 +395,8 @@ def padding(corpora: list[Path]) -> None:
         shares = [100 * padding_share(dataset.lengths, batches) for batches in (bucketed, random)]
         rows.append(row(f"{path.name}: padding, % of symbols (ratio: ours)", *shares, shares[0], at_most=3))
         speeds = {"ours": [], "random": [], "published": []}
-        for part in range(3):
-            each = slice(20 * part, 20 * part + 20)
+        for part in range(15):
+            each = slice(4 * part, 4 * part + 4)
             speeds["ours"].append(characters_per_second(CharModel("lstm", E, HIDDEN), dataset, bucketed[each]))
             speeds["random"].append(characters_per_second(CharModel("lstm", E, HIDDEN), dataset, random[each]))
             speeds["published"].append(characters_per_second(Published(), dataset, random[each]))
@@ -469,13 +469,14 @@ def stopped_after(seconds: float, path: Path) -> tuple[float, float]:
 def quality(corpora: list[Path]) -> None:
     """The default LSTM after 15 s of training and after its last epoch; the peer is nanoGPT on the same text.
 
-    Its CPU configuration on the campaign speeches: 1.50 nats after 102 s of training.
+    Its CPU configuration on the campaign speeches: 1.50 nats after 102 s of training. Other texts have no target.
     """
     rows = []
     for path in corpora:
+        early, late, within = (None, None, None) if path == CORPUS else (1.5, 1.15, 100)
         seconds, nats = stopped_after(15.0, path)
         rows.append(
-            row(f"{path.name}: validation nats after {seconds:.1f} s of training", nats, 1.5, nats, at_most=1.5)
+            row(f"{path.name}: validation nats after {seconds:.1f} s of training", nats, 1.5, nats, at_most=early)
         )
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, ROOT / "tp5.py", "--data", path, "--run", Path(folder) / "run"]
@@ -484,8 +485,8 @@ def quality(corpora: list[Path]) -> None:
         epochs = re.findall(r"epoch (\d+)/.*validation ([\d.]+) nats.* ([\d.]+) s of training", output)
         number, nats, seconds = epochs[-1]
         name = f"{path.name}, epoch {number}"
-        rows.append(row(f"{name}: validation nats", float(nats), 1.5, float(nats), at_most=1.15))
-        rows.append(row(f"{name}: seconds of training", float(seconds), 102, float(seconds), at_most=100))
+        rows.append(row(f"{name}: validation nats", float(nats), 1.5, float(nats), at_most=late))
+        rows.append(row(f"{name}: seconds of training", float(seconds), 102, float(seconds), at_most=within))
     table("Quality of the default LSTM (ratio: ours)", rows, "as named")
 
 
