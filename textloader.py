@@ -15,6 +15,7 @@ import sys
 import unicodedata
 from array import array
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -367,7 +368,8 @@ def run_main(main) -> None:
     try:
         main()
     except LabError as error:
-        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        with suppress(BrokenPipeError):
+            print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `| head` has read enough
         sys.stderr.close()

@@ -105,7 +105,8 @@ class Cell(nn.Module):
 
     def __init_subclass__(cls):
         """An inherited backward pass is not that of new equations."""
-        if "equations" in vars(cls) and "back" not in vars(cls):
+        source = next(kind for kind in cls.__mro__ if {"equations", "back"} & vars(kind).keys())
+        if "back" not in vars(source):
             cls.back = None
 
     def __init__(self, input_size: int, hidden_size: int):
@@ -1323,6 +1324,8 @@ def look_inside(options, folder: Path, valid: DataLoader) -> None:
         found = table(followers(tracking(model, batches)))
         monitor.text("units/that_follow_the_text", found)
         print(f"Units of the {model.cell} that follow the text:\n{found}")
+        if long := int((valid.batch_sampler.lengths > LONGEST).sum()):
+            print(f"{long:,} long validation sentences: only their first {LONGEST:,} characters are looked at")
         texts = [code2string(sentence) for sentence in some(valid.dataset, 3, 60).t().tolist()]
         for i, text in enumerate([options.look] if options.look else texts):
             monitor.look(model, text, i)
@@ -1486,8 +1489,8 @@ def parse_options():
         raise LabError("--minutes and --match-parameters are for new runs: --resume goes on with the run's own sizes")
     named = {name for name, value in given().items() if value is not None}
     if options.compare and (others := sorted(named - {"compare", "data", "device"})):
-        other = others[0].replace("_", "-")
-        raise LabError(f"--compare trains nothing: leave --{other} out; to look at a run: --resume RUN --look TEXT")
+        advice = "look at a run with --resume RUN --look TEXT" if options.look else "it trains nothing"
+        raise LabError(f"--{others[0].replace('_', '-')} does not go with --compare: {advice}")
     if {"minutes", "epochs"} <= named:
         raise LabError("--minutes is instead of --epochs: leave one of them out")
     if options.look is not None and (not options.look.strip() or clean(options.look)[1]):
@@ -1557,11 +1560,8 @@ def train(training: Training) -> bool:
         f"{options.model} with {parameters(training.model):,} parameters on {options.device}, "
         f"{training.steps:,} steps: {folder}"
     )
-    try:
-        with stop_on_signal() as stop:
-            finished = training.run(stop)
-    except BrokenPipeError:
-        raise LabError(f"nobody reads the output any more: go on with python tp5.py --resume {folder}") from None
+    with stop_on_signal() as stop:
+        finished = training.run(stop)
     if not finished:
         print(f"Stopped and saved in {folder}. Go on with: python tp5.py --resume {folder}")
         return False
@@ -1694,10 +1694,11 @@ def main() -> None:
             if not RANK:
                 runs = comparable(options.compare)
                 compare(options.compare, runs, *their_corpus(options.compare, runs, options), options)
-        elif options.resume:
-            resume(options)
-        else:
-            begin(options)
+            return
+        try:
+            resume(options) if options.resume else begin(options)
+        except BrokenPipeError:
+            raise LabError("nobody reads the output any more: go on with python tp5.py --resume RUN") from None
 
 
 if __name__ == "__main__":
