@@ -1152,9 +1152,10 @@ class Training:
 
     def diverged(self, what: str) -> LabError:
         """The error that ends a run whose numbers `what` says are not finite."""
-        advice = "a smaller --lr, or --clip 1" if self.progress["step"] else "a smaller --recurrent-scale"
-        kept = f"; the last good checkpoint in {self.folder} is kept" if self.progress["step"] else ""
-        return LabError(f"{what} not finite after step {self.progress['step']:,}: train anew with {advice}{kept}")
+        advice = f"a smaller --lr, or --clip 1; the last good checkpoint in {self.folder} is kept"
+        if not self.progress["step"]:  # as the seed made it
+            advice = "a smaller --recurrent-scale"
+        return LabError(f"{what} not finite after step {self.progress['step']:,}: train anew with {advice}")
 
     def train_epoch(self) -> bool:
         """Train on the epoch's batches that are left; False if it was stopped before the last."""
@@ -1329,7 +1330,7 @@ def look_inside(options, folder: Path, valid: DataLoader) -> None:
         texts = [code2string(sentence) for sentence in some(valid.dataset, 3, 60).t().tolist()]
         for i, text in enumerate([options.look] if options.look else texts):
             monitor.look(model, text, i)
-        print(f"Its gates on {'that' if options.look else 'a'} text: look/{model.cell}/… among TensorBoard's images")
+        print(f"Its gates on text: look/{model.cell}/… among TensorBoard's images")
     monitor.close()
 
 
@@ -1489,7 +1490,7 @@ def parse_options():
         raise LabError("--minutes and --match-parameters are for new runs: --resume goes on with the run's own sizes")
     named = {name for name, value in given().items() if value is not None}
     if options.compare and (others := sorted(named - {"compare", "data", "device"})):
-        advice = "look at a run with --resume RUN --look TEXT" if options.look else "it trains nothing"
+        advice = "look at a run with --resume RUN --look TEXT" if others[0] == "look" else "it trains nothing"
         raise LabError(f"--{others[0].replace('_', '-')} does not go with --compare: {advice}")
     if {"minutes", "epochs"} <= named:
         raise LabError("--minutes is instead of --epochs: leave one of them out")

@@ -148,15 +148,15 @@ def lstm_alone():
 def threads() -> None:
     """A default training step with each number of threads, for the default of --threads: a core each."""
     rows, cores = [], torch.get_num_threads()
+    counts = range(1, cores + 1)
+
+    def with_threads(number: int, run) -> None:
+        torch.set_num_threads(number)
+        run()
+
     for cell in TORCH_CELLS:
         run = training_step(cell, BATCH_SIZE, HIDDEN)
-
-        def with_threads(number: int, run=run) -> None:
-            torch.set_num_threads(number)
-            run()
-
-        counts = range(1, cores + 1)
-        ms = {n: 1000 * s for n, s in alternate({n: partial(with_threads, n) for n in counts}).items()}
+        ms = {n: 1000 * s for n, s in alternate({n: partial(with_threads, n, run) for n in counts}).items()}
         torch.set_num_threads(cores)
         for n in counts[1:]:
             rows.append(row(f"{cell}: {n} threads, 1 thread", ms[n], ms[1], ms[1] / ms[n], at_least=1))
