@@ -8,62 +8,34 @@ Losses and log-probabilities are in nats.
 """
 
 import argparse
-import ctypes
-import functools
 import hashlib
 import io
+import itertools
 import math
 import os
-import pickletools
+import re
+import shlex
+import shutil
 import signal
 import sys
-import threading
+import textwrap
 import time
 import zipfile
-from bisect import bisect_left
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from datetime import timedelta
-from itertools import islice, product
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, Subset
+from torch import distributed, nn
+from torch.utils.data import DataLoader, Subset, random_split
 from tqdm import tqdm
 
-from generate import BEAM, NUCLEUS, RUNS, copied, generate, generate_beam, newest_checkpoint
-from textloader import (
-    BATCH_SIZE,
-    CORPUS,
-    EOS_IX,
-    FEATURES,
-    HERE,
-    LETTRES,
-    PAD_IX,
-    SYMBOLS,
-    BucketSampler,
-    LabError,
-    Parser,
-    TextDataset,
-    class_of,
-    clean,
-    code2string,
-    features,
-    id2lettre,
-    normalize,
-    number,
-    one_line,
-    pad_collate_fn,
-    read_text,
-    run_main,
-    string2code,
-)
-
-HIDDEN = 256
+from generate import RUNS, HelpFormatter, generate, generate_beam, newest_checkpoint, number, path
+from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, id2lettre
+from textloader import BucketSampler, TextDataset, clean, code2string, pad_collate_fn, read_text, string2code
+from textloader import LabError, guard, printable
 
 # ------------------------------------------------------------------------------------------- loss
 
@@ -74,11 +46,8 @@ def maskedCrossEntropy(output, target, padcar):
     output (T, B, V) logits, target (T, B) codes, padcar the code of BLANK. A target without any
     real symbol gives 0; logits at padding positions do not matter, −inf or NaN included.
     """
-    real = (target != padcar).flatten().nonzero().squeeze(1)
-    logits = output.flatten(0, -2).index_select(0, real)  # (real symbols, V)
-    log_probs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    wanted = target.flatten().index_select(0, real).unsqueeze(1)
-    return -log_probs.gather(1, wanted).sum() / max(len(real), 1)
+    real = target != padcar
+    return F.cross_entropy(output[real], target[real], reduction="sum") / real.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------ cells
@@ -87,169 +56,62 @@ def maskedCrossEntropy(output, target, padcar):
 class Cell(nn.Module):
     """What the three cells share: the input's half of every gate, and the loop over time.
 
-    A cell calls like `torch.nn`'s: `output, state = rnn(x, state)`, with x (T, B, E), always a
-    batch, output (T, B, H), and a state of tensors (B, H); without `state` it starts from zeros.
+    A cell calls like `torch.nn`'s: `output, state = rnn(x, state)`, with x (T, B, E), output
+    (T, B, H), and a state of tensors (B, H); without `state` it starts from zeros.
 
-    W·[h, x] + b is W_h h + (W_x x + b). The second half needs no history: `project` computes it
-    for all time steps at once. `equations` is one time step as the paper writes it, with a column
-    for a sentence: there, states are (H, B). A CPU multiplies W·h a third faster than h·Wᵀ, too.
-
-    A cell of your own needs `gates` and `equations`; autograd does the rest. Ours have `slopes` and
-    `back` as well, the backward pass by hand: see `ThroughTime`.
+    W·[h, x] + b is (W_x·x + b) + W_h·h. The first half needs no history: `project` computes it for
+    all time steps at once. A cell of your own needs `gates` and `equations`; autograd does the rest.
     """
 
-    back = None  # by hand, or else autograd's
     gates: tuple[str, ...]  # in the order of their rows in the parameters
-    states: tuple[str, ...] = ("h",)  # the output first
+    states: tuple[str, ...] = ("h",)
     has_bias = True
-
-    def __init_subclass__(cls):
-        """An inherited backward pass is not that of new equations."""
-        source = next(kind for kind in cls.__mro__ if {"equations", "back"} & vars(kind).keys())
-        if "back" not in vars(source):
-            cls.back = None
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__()
         rows = len(self.gates) * hidden_size
         self.hidden_size = hidden_size
-        self.input_weight = nn.Parameter(torch.empty(rows, input_size))
-        self.hidden_weight = nn.Parameter(torch.empty(rows, hidden_size))
-        self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if self.has_bias else None)
-        self.watched = None  # see `watch`
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Each gate's input weights Glorot uniform, its recurrent matrix orthogonal, biases 0."""
+        self.input_weight = nn.Parameter(torch.empty(rows, input_size))  # W_x, gate below gate
+        self.hidden_weight = nn.Parameter(torch.empty(rows, hidden_size))  # W_h
+        self.register_parameter("bias", nn.Parameter(torch.zeros(rows)) if self.has_bias else None)
         for gate in self.input_weight.chunk(len(self.gates)):
             nn.init.xavier_uniform_(gate)
-        for gate in self.hidden_weight.chunk(len(self.gates)):  # keeps the norm of h, and of gradients
-            nn.init.orthogonal_(gate)
-        if self.has_bias:
-            nn.init.zeros_(self.bias)
+        for gate in self.hidden_weight.chunk(len(self.gates)):
+            nn.init.orthogonal_(gate)  # keeps the norm of h, and of gradients
+
+    def equations(self, projected, state):
+        """One time step: projected (B, G·H), the state before → the state after, every value by name."""
+        raise NotImplementedError
+
+    def one_step(self, projected, state):
+        """One time step: projected (B, G·H) and the state before → the state after."""
+        return self.equations(projected, state)[0]
 
     def project(self, x):
-        """W_x x + b of every gate: (…, E) → (…, G·H)."""
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, self.input_weight, self.bias)
+        """W_x·x + b of every gate: (…, E) → (…, G·H)."""
+        return F.linear(x, self.input_weight, self.bias)
 
     def zero_state(self, like):
         """The state before the first symbol; `like` (B, …) gives batch size, dtype and device."""
         zeros = like.new_zeros(like.shape[0], self.hidden_size)
         return zeros if len(self.states) == 1 else (zeros,) * len(self.states)
 
-    def equations(self, W, px, *state):
-        """One time step: W (G·H, H), px (G·H, B), states (H, B) → the states after, the gates."""
-        raise NotImplementedError
+    def unroll(self, projected, state=None, record=None):
+        """All time steps: projected (T, B, G·H) → output (T, B, H), the state after the last step.
 
-    def weight_gradient(self, d_a, h, *_):
-        """Σ_t ∂L/∂a_t·h_{t-1}ᵀ: d_a (G·H, T·B) and what was fed back (T, H, B) → (G·H, H)."""
-        return d_a @ side_by_side(h[:-1], d_a.dtype).t()
-
-    def one_step(self, projected, state):
-        """One time step: projected (B, G·H) and the state before → the state after."""
-        after, _ = self.equations(self.hidden_weight, projected.mT, *columns(state))
-        return rows(after)
+        A dict `record` gets every gate and state by name, as a list of T tensors (B, H).
+        """
+        state, outputs = self.zero_state(projected[0]) if state is None else state, []
+        for step in projected.unbind():
+            state, values = self.equations(step, state)
+            outputs.append(values["h"])
+            if record is not None:
+                for name, value in values.items():
+                    record.setdefault(name, []).append(value)
+        return torch.stack(outputs), state
 
     def forward(self, x, state=None):
         return self.unroll(self.project(x), state)
-
-    def unroll(self, projected, state=None):
-        """All time steps: projected (T, B, G·H) → output (T, B, H), state after the last step."""
-        state = self.zero_state(projected[0]) if state is None else state
-        W, device = self.hidden_weight, projected.device.type
-        if torch.is_autocast_enabled(device):
-            W = W.to(torch.get_autocast_dtype(device))
-        by_hand = self.back is not None and torch.is_grad_enabled()
-        run = ThroughTime.apply if by_hand else through_time
-        with torch.autocast(device, enabled=False):  # only the products with W leave float32
-            output, *state = run(self, projected, W, *columns(state))
-        return output.mT, rows(state)
-
-
-sigmoid_slope = torch.ops.aten.sigmoid_backward  # (g, s) ↦ g ⊗ s ⊗ (1 − s)
-tanh_slope = torch.ops.aten.tanh_backward  # (g, t) ↦ g ⊗ (1 − t²)
-
-
-def columns(state) -> tuple:
-    """A state as a tuple of (H, B): a column for each sentence."""
-    return tuple(part.mT for part in (state if isinstance(state, tuple) else (state,)))
-
-
-def rows(state):
-    """A state as `torch.nn` has it: (B, H), or a tuple of them."""
-    state = tuple(part.mT for part in state)
-    return state if len(state) > 1 else state[0]
-
-
-def side_by_side(steps, dtype):
-    """(T, …, B) → (…, T·B): the columns of all time steps in one matrix."""
-    return steps.movedim(0, -2).flatten(-2).to(dtype)
-
-
-def times(W, h, plus=None):
-    """W·h + plus. A W in bfloat16 makes the product bfloat16; `plus` and the sum stay float32."""
-    if plus is None:
-        return (W @ h.to(W.dtype)).to(h.dtype)
-    return torch.addmm(plus, W, h) if W.dtype == h.dtype else plus + W @ h.to(W.dtype)
-
-
-def through_time(cell, projected, W, *state, record=None):
-    """The loop over time: projected (T, B, G·H), states (H, B) → output (T, H, B), last states.
-
-    A list `record` gets the states (T + 1, H, B), the first ones included, then the gates (T, H, B).
-    """
-    states, all_gates = [state], []
-    for px in projected.unbind(0):
-        state, gates = cell.equations(W, px.mT, *state)
-        states.append(state)
-        if record is not None:
-            all_gates.append(gates)
-        if cell.watched is not None:
-            shown = dict(zip(cell.gates + cell.states, gates + state, strict=True))
-            for name, values in shown.items():
-                cell.watched.setdefault(name, []).append(values.detach().mT)
-    if record is None:
-        return torch.stack([h for h, *_ in states[1:]]), *state
-    record += map(torch.stack, (*zip(*states, strict=True), *zip(*all_gates, strict=True)))
-    return record[0][1:], *state
-
-
-class ThroughTime(torch.autograd.Function):
-    """The loop over time with its backward pass by hand: back-propagation through time (Werbos 1990).
-
-    Autograd would replay every operation of every step. The chain rule needs less. Write a_t for a
-    step's pre-activations W·h_{t-1} + px_t. Going from the last step to the first,
-
-        ∂L/∂a_t     = slope_t ⊗ ∂L/∂state_t          the slopes need no gradient: `cell.slopes`
-                                                     computes those of all steps at once
-        ∂L/∂h_{t-1} = Wᵀ·∂L/∂a_t + what h_{t-1} did elsewhere                  `cell.back`
-
-    and at the end, since W is the same at all steps, ∂L/∂W = Σ_t ∂L/∂a_t·h_{t-1}ᵀ is one product of
-    all steps side by side. The plain loop under autograd, `through_time`, gives the same gradients.
-    """
-
-    @staticmethod
-    def forward(ctx, cell, projected, W, *state):
-        ctx.cell, record = cell, []
-        outputs = through_time(cell, projected, W, *state, record=record)
-        ctx.save_for_backward(W, *record)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_output, *d_state):
-        cell, (W, *record) = ctx.cell, ctx.saved_tensors
-        slopes, *others = cell.slopes(*record)  # (T, G, H, B), others (T, H, B)
-        W_T = W.t().contiguous()
-        *elsewhere, d_h = torch.cat([torch.zeros_like(d_output[:1]), d_output])  # h_0 did nothing elsewhere
-        d_state = d_state[0] + d_h, *d_state[1:]
-        for slope, *other in reversed([*zip(slopes, *others, elsewhere, strict=True)]):
-            d_state = cell.back(W_T, slope, *other, *d_state)
-        d_a = side_by_side(slopes, W.dtype).flatten(0, 1)  # (G·H, T·B): the slopes became gradients
-        d_W = cell.weight_gradient(d_a, *record)
-        d_projected = d_a.to(slopes.dtype).view(len(W), len(d_output), -1).permute(1, 2, 0)
-        return None, d_projected, d_W, *d_state
 
 
 class RNN(Cell):
@@ -257,16 +119,9 @@ class RNN(Cell):
 
     gates = ("h",)
 
-    def equations(self, W, px, h):
-        h = torch.tanh(times(W, h, px))
-        return (h,), (h,)
-
-    def slopes(self, h, *_):
-        return (1 - h[1:, None] ** 2,)
-
-    def back(self, W_T, slope, elsewhere, d_h):
-        d_a = slope[0].mul_(d_h)
-        return (times(W_T, d_a, elsewhere),)
+    def equations(self, projected, h):
+        h = torch.tanh(projected + h @ self.hidden_weight.T)
+        return h, dict(h=h)
 
 
 class LSTM(Cell):
@@ -284,32 +139,20 @@ class LSTM(Cell):
     gates = ("f", "i", "candidate", "o")
     states = ("h", "C")
 
-    def reset_parameters(self) -> None:
-        """As the others, but the forget gate's bias is 1: at first the memory is kept."""
-        super().reset_parameters()
-        nn.init.ones_(self.bias[: self.hidden_size])
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__(input_size, hidden_size)
+        nn.init.ones_(self.bias[:hidden_size])  # the forget gate's: at first the memory is kept
 
-    def equations(self, W, px, h, C):
-        f, i, candidate, o = times(W, h, px).chunk(4)
+    def equations(self, projected, state):
+        h, C = state
+        f, i, candidate, o = (projected + h @ self.hidden_weight.T).chunk(4, dim=-1)
         f = torch.sigmoid(f)
         i = torch.sigmoid(i)
         candidate = torch.tanh(candidate)
         C = f * C + i * candidate
         o = torch.sigmoid(o)
         h = o * torch.tanh(C)
-        return (h, C), (f, i, candidate, o)
-
-    def slopes(self, h, C, f, i, candidate, o):
-        """Of f, i and the candidate on C, of o on h; the forget gate; the slope of C on h."""
-        tanh_C = torch.tanh(C[1:])
-        on_C = sigmoid_slope(C[:-1], f), sigmoid_slope(candidate, i), tanh_slope(i, candidate)
-        return torch.stack([*on_C, sigmoid_slope(tanh_C, o)], dim=1), f, tanh_slope(o, tanh_C)
-
-    def back(self, W_T, slope, f, C_on_h, elsewhere, d_h, d_C):
-        d_C = torch.addcmul(d_C, d_h, C_on_h)
-        slope[:3].mul_(d_C)
-        slope[3].mul_(d_h)
-        return times(W_T, slope.flatten(0, 1), elsewhere), d_C * f
+        return (h, C), dict(f=f, i=i, candidate=candidate, C=C, o=o, h=h)
 
 
 class GRU(Cell):
@@ -325,44 +168,16 @@ class GRU(Cell):
     gates = ("z", "r", "candidate")
     has_bias = False
 
-    def equations(self, W, px, h):
-        size = [2 * self.hidden_size, self.hidden_size]
-        (W_zr, W), (px_zr, px) = W.split(size), px.split(size)
-        z, r = torch.sigmoid(times(W_zr, h, px_zr)).chunk(2)
-        candidate = torch.tanh(times(W, r * h, px))
+    def equations(self, projected, h):
+        sizes = [2 * self.hidden_size, self.hidden_size]
+        (W_zr, W), (x_zr, x) = self.hidden_weight.split(sizes), projected.split(sizes, dim=-1)
+        z, r = torch.sigmoid(x_zr + h @ W_zr.T).chunk(2, dim=-1)
+        candidate = torch.tanh(x + (r * h) @ W.T)
         h = (1 - z) * h + z * candidate
-        return (h,), (z, r, candidate)
-
-    def slopes(self, h, z, r, candidate):
-        """Of z on h, of r on r ⊗ h, of the candidate on h; what h keeps of itself; the reset gate."""
-        of_z, of_r = sigmoid_slope(candidate - h[:-1], z), sigmoid_slope(h[:-1], r)
-        return torch.stack([of_z, of_r, tanh_slope(z, candidate)], dim=1), 1 - z, r
-
-    def back(self, W_T, slope, kept, r, elsewhere, d_h):
-        W_zr_T, W_T = W_T.split([2 * self.hidden_size, self.hidden_size], dim=1)
-        slope[::2].mul_(d_h)  # z and the candidate
-        d_reset = times(W_T, slope[2])  # of r ⊗ h
-        slope[1].mul_(d_reset)
-        return (times(W_zr_T, slope[:2].flatten(0, 1), elsewhere + d_h * kept + d_reset * r),)
-
-    def weight_gradient(self, d_a, h, z, r, candidate):
-        d_zr, d_candidate = d_a.split([2 * self.hidden_size, self.hidden_size])
-        fed = side_by_side(r * h[:-1], d_a.dtype)  # the candidate's matrix multiplied r ⊗ h
-        return torch.cat([super().weight_gradient(d_zr, h), d_candidate @ fed.t()])
+        return h, dict(z=z, r=r, candidate=candidate, h=h)
 
 
 CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
-
-
-@contextmanager
-def watch(cell):
-    """Collect what `cell` shows while it runs: a dict from gate or state to a list of T (B, H)."""
-    cell.watched = {}
-    try:
-        yield cell.watched
-    finally:
-        cell.watched = None
-
 
 # ------------------------------------------------------------------------------------------ model
 
@@ -377,871 +192,523 @@ class CharModel(nn.Module):
     def __init__(self, cell: str, embedding_size: int, hidden_size: int):
         super().__init__()
         self.cell = cell
-        self.emb = nn.Embedding(SYMBOLS, embedding_size)  # normal, as torch draws it
+        self.emb = nn.Embedding(len(id2lettre), embedding_size)
         self.rnn = CELLS[cell](embedding_size, hidden_size)
-        self.decoder = nn.Linear(hidden_size, SYMBOLS)  # uniform, as torch draws it
+        self.decoder = nn.Linear(hidden_size, len(id2lettre))
 
-    @staticmethod
-    def inputs(targets):
-        """What is read to predict targets (T, B): EOS opens, then comes each symbol but the last."""
-        return torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])
+    def forward(self, targets, record=None):
+        """Targets (T, B), each sentence closed by EOS → logits (T, B, V) that predict exactly those.
 
-    def forward(self, targets):
-        """Targets (T, B), each sentence closed by EOS → logits (T, B, V) that predict exactly those."""
-        inputs = self.inputs(targets)
+        A dict `record` gets the cell's gates and states (see `Cell.unroll`).
+        """
+        inputs = torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])  # EOS opens
         if isinstance(self.rnn, Cell):
             # Only V symbols exist: project each once, then look up instead of multiplying T·B times.
-            table = self.rnn.project(self.emb.weight).t()  # (G·H, V), a column for each symbol
-            projected = table.index_select(1, inputs.flatten()).view(-1, *inputs.shape)
-            output, _ = self.rnn.unroll(projected.permute(1, 2, 0))  # (T, B, H)
+            symbols = self.rnn.project(self.emb.weight)  # (V, G·H)
+            output, _ = self.rnn.unroll(F.embedding(inputs, symbols), record=record)  # (T, B, H)
         else:
             output, _ = self.rnn(self.emb(inputs))
         return self.decoder(output)
 
 
-class Outline(TorchFunctionMode):
-    """`with Outline():` a model has its shapes, but no memory, no values, and draws no random numbers.
+# -------------------------------------------------------------------------------------- optimiser
 
-    As `torch.device("meta")`, but for random values: what torch does in their place takes it a second to import.
+# Polynomials aσ + bσ³ + cσ⁵ that, one after another, bring σ in [0.01, 1] to 1 ± 0.27 (fitted as
+# in Polar Express, Amsel et al. 2025).
+QUINTICS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+
+
+def orthogonal(M, quintics=QUINTICS):
+    """U·Vᵀ of a matrix M = U·S·Vᵀ, nearly: its singular values S become about 1 (Newton-Schulz steps).
+
+    X ← aX + bX(XᵀX) + cX(XᵀX)² does to each singular value what the polynomial does to a number. X
+    stays M times a polynomial P of A = XᵀX; A is small, so only A and P are worked on.
+    """
+    A = M.T @ M
+    size = A.trace() + 1e-30  # ‖M‖², above every σ²
+    A, P = A / size, torch.eye(len(A), device=M.device)
+    for a, b, c in quintics:
+        Q = a * torch.eye(len(A), device=M.device) + b * A + c * A @ A
+        A, P = A @ Q @ Q, P @ Q
+    return M @ P / size.sqrt()
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for `matrices`, AdamW for the other parameters.
+
+        M ← 0.95·M + 0.05·G
+        W ← (1 − lr·decay)·W − lr·√max(1, rows/columns)·U·Vᵀ    where 0.95·M + 0.05·G = U·S·Vᵀ
+
+    All singular values of the step are the same: W moves alike in all directions, and as far for a
+    large gradient G as for a small one.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in ("normal_", "uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        with torch.device("meta"):
-            return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def evaluate(model, loader, device) -> float:
-    """Nats per symbol (EOS included, BLANK excluded) over all batches of `loader`, in every process."""
-    nats, symbols = 0.0, 0
-    for batch in loader:
-        count = int((batch != PAD_IX).sum())
-        batch = batch.to(device)
-        nats += maskedCrossEntropy(model(batch), batch, PAD_IX).item() * count
-        symbols += count
-    nats, symbols = everywhere(nats, symbols)
-    return nats / symbols
-
-
-# --------------------------------------------------------------------------------- looking inside
-
-LAGS = 40  # characters that a loss is followed back
-LONGEST = 1000  # characters of a validation sentence that are looked at, its first
-
-
-def gradient_flow(model, batch, lags: int = LAGS) -> dict:
-    """How far back a loss is felt: ‖∂loss_t/∂s_{t−k}‖ for each state s and k = 0 … lags, mean over sentences.
-
-    Of each sentence in batch (T, B) that is long enough, one symbol t is drawn, and only its loss
-    counts. So no two losses meet in a column, and one backward pass gives the gradients of all.
-    They are total derivatives: what C does by way of its own h is C's. Returns name → (lags + 1,),
-    fewer if the longest sentence has not as many.
-    """
-    cell, steps = model.rnn, []
-    lengths = (batch != PAD_IX).sum(0)
-    lags = min(lags, int(lengths.max()) - 1)
-    batch, lengths = batch[:, lengths > lags], lengths[lengths > lags]
-    draw = torch.rand(len(lengths), generator=torch.Generator().manual_seed(0)).to(batch.device)
-    t, b = lags + (draw * (lengths - lags)).long(), torch.arange(len(lengths), device=batch.device)
-    projected = cell.project(model.emb(model.inputs(batch[: t.max() + 1])))
-    state = columns(cell.zero_state(projected[0]))
-    for px in projected.unbind(0):  # not `through_time`: gradients are asked of each step's own states
-        state, _ = cell.equations(cell.hidden_weight, px.mT, *state)
-        steps.append(state)
-    output = torch.stack([h for h, *_ in steps])  # (T, H, B)
-    loss = F.cross_entropy(model.decoder(output[t, :, b]), batch[t, b], reduction="sum")
-    flow = {}
-    for name, parts in zip(cell.states, zip(*steps, strict=True), strict=True):
-        slopes = torch.autograd.grad(loss, parts, retain_graph=True, materialize_grads=True)
-        norms = torch.stack(slopes).norm(dim=1)  # (T, B)
-        flow[name] = norms.gather(0, t - torch.arange(lags + 1, device=t.device)[:, None]).mean(1)
-    return flow
-
-
-@torch.no_grad()
-def recurrence(cell) -> dict:
-    """Largest singular value and spectral radius of each gate's recurrent matrix."""
-    found = {}
-    for gate, W in zip(cell.gates, cell.hidden_weight.chunk(len(cell.gates)), strict=True):
-        found[f"{gate}_singular_value"] = torch.linalg.matrix_norm(W, 2).item()
-        found[f"{gate}_spectral_radius"] = torch.linalg.eigvals(W).abs().max().item()
-    return found
-
-
-@torch.no_grad()
-def units(model, batch) -> dict:
-    """What the cell shows while it reads batch (T, B): gate or state → (real symbols, H), sentence by sentence."""
-    with watch(model.rnn) as seen:
-        model(batch.to(model.emb.weight.device))
-    real = (batch != PAD_IX).t()
-    return {name: torch.stack(steps, 1).cpu()[real] for name, steps in seen.items()}
-
-
-def tracking(model, batches) -> dict:
-    """Correlation of every unit with each of FEATURES over the real symbols of (T, B) batches.
-
-    Returns gate or state → (features, H); 0 where the unit or the feature never changes.
-    """
-    known = [features(code2string(sentence)) for batch in batches for sentence in batch.t().tolist()]
-    known, seen, found = torch.cat(known).t(), [units(model, batch) for batch in batches], {}
-    for name in seen[0]:
-        values = torch.cat([part[name] for part in seen]).t()  # (H, symbols)
-        found[name] = torch.cat([known, values]).corrcoef()[: len(known), len(known) :].nan_to_num()
-    return found
-
-
-def followers(correlations: dict) -> list[dict]:
-    """For each feature that occurred, the unit that follows it most closely, of all gates and states."""
-    rows = []
-    for i, feature in enumerate(FEATURES):
-        gate = max(correlations, key=lambda name: correlations[name][i].abs().max())
-        unit = correlations[gate][i].abs().argmax().item()
-        r = correlations[gate][i, unit].item()
-        rows.append({"what it follows": feature, "gate or state": gate, "unit": unit, "correlation": r})
-    return [row for row in rows if row["correlation"]]
-
-
-def picture(values, text: str, gate: bool):
-    """Values (n + 1, H) while `text` was read as an image, (height, width, 3): units down, characters across.
-
-    Blue is a closed `gate` or a negative state, white half open or 0, red open or positive. Units
-    that rise and fall together stand together: they are sorted along the first principal component.
-    """
-    from PIL import Image, ImageDraw  # comes with TensorBoard
-
-    signed = 2 * values - 1 if gate else values / values.abs().max().clamp(min=1)
-    order = torch.linalg.svd(signed - signed.mean(0), full_matrices=False).Vh[0].argsort()
-    signed = signed[:, order].t()  # (H, n + 1)
-    colours = torch.stack([1 + signed.clamp(max=0), 1 - signed.abs(), 1 - signed.clamp(min=0)], -1)
-    pixels = (255 * colours).byte().numpy().repeat(max(2, 400 // len(order)), 0).repeat(8, 1)
-    image = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + 14), "white")
-    image.paste(Image.fromarray(pixels), (0, 14))
-    draw = ImageDraw.Draw(image)
-    for i, char in enumerate(text, start=1):  # column 0 is that of EOS
-        draw.text((8 * i + 1, 1), char, "black")
-    return np.asarray(image)
-
-
-# ------------------------------------------------------------------------------------- monitoring
-
-
-def while_writable(method):
-    """A method of Monitor that does nothing once events cannot be written."""
-
-    @functools.wraps(method)
-    def call(self, *arguments, **named):
-        try:
-            return method(self, *arguments, **named) if self.writer else None
-        except OSError as error:
-            self.give_up(error)
-
-    return call
-
-
-INTERVAL = dict(steps=0, symbols=0, clipped=0, nats=0.0, seconds=0.0)  # sums since scalars were last written
-
-
-class Monitor:
-    """Question 5: what TensorBoard shows of a run.
-
-    `scalars_every` and `histograms_every` count training steps; 0 turns either off, the latter with
-    all that is shown of the cells' inside. What an interrupted run wrote at `step` or later is struck
-    out; `interval` is its interval under way.
-    """
-
-    def __init__(self, folder, options, step: int | None, interval: dict | None = None, name: str = ""):
-        self.writer, self.interval = None, dict(interval or INTERVAL)
-        self.scalars_every, self.histograms_every = options.scalars_every, options.histograms_every
-        if not RANK:
-            self.open(folder, step, name)
-
-    def open(self, folder, step: int | None, name: str) -> None:
-        """Begin an events file; with a `name`, in place of the older one of that name."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
-
-        before = threading.excepthook  # the writer's thread also hands an OSError to our next call
-        threading.excepthook = lambda failed: isinstance(failed.exc_value, OSError) or before(failed)
-        try:
-            for old in folder.glob(f"events*.{name}") if name else ():
-                old.unlink()
-            self.writer = SummaryWriter(folder, purge_step=step, filename_suffix=name and f".{name}")
-        except OSError as error:
-            self.give_up(error)
-
-    def give_up(self, error: OSError) -> None:
-        """Say that events cannot be written; all else goes on without."""
-        self.writer = None
-        warn(f"cannot write TensorBoard's events: {error.strerror}; nothing more is recorded, all else goes on")
-
-    def wants_histograms(self, step: int) -> bool:
-        """Whether gates and gradients of this step are recorded."""
-        return bool(self.writer) and self.histograms_every > 0 and step % self.histograms_every == 0
-
-    @while_writable
-    def histograms(self, model, states, real, step: int) -> None:
-        """Every parameter, its gradient, and every gate and state where `real` (T, B) is true."""
-        for name, parameter in model.named_parameters():
-            self.writer.add_histogram(f"parameters/{name}", parameter.detach().cpu(), step, bins=64)
-            self.writer.add_histogram(f"gradients/{name}", parameter.grad.cpu(), step, bins=64)
-        for name, values in states.items():
-            values = torch.stack(values)[real].cpu()  # (real symbols, H)
-            self.writer.add_histogram(f"gates/{model.cell}/{name}", values, step, bins=64)
-
-    @while_writable
-    def step(self, step: int, rate: float, norm: float, **sums) -> None:
-        """Account for one training step; every `scalars_every` steps, write the interval's means."""
-        total = self.interval = {name: self.interval[name] + sums[name] for name in self.interval}
-        if self.scalars_every and step % self.scalars_every == 0:
-            self.writer.add_scalar("loss/train", total["nats"] / total["symbols"], step)
-            self.writer.add_scalar("gradient/norm_before_clipping", norm, step)
-            self.writer.add_scalar("gradient/clipped_share", total["clipped"] / total["steps"], step)
-            self.writer.add_scalar("training/learning_rate", rate, step)
-            self.writer.add_scalar("training/characters_per_second", total["symbols"] / total["seconds"], step)
-            self.interval = dict(INTERVAL)
-
-    @while_writable
-    def epoch(self, step: int, valid: float, samples: dict[str, str]) -> None:
-        """The validation loss and the sentences of an epoch."""
-        self.writer.add_scalar("loss/validation", valid, step)
-        self.writer.add_scalar("loss/validation_bits_per_character", valid / math.log(2), step)
-        for decoder, text in samples.items():
-            self.text(f"samples/{decoder}", text, step)
-
-    @while_writable
-    def flow(self, flows: dict) -> None:
-        """Gradient flow, a curve for each state; its step is the lag, in characters."""
-        for (state, when), norms in flows.items():
-            for lag, norm in enumerate(norms.tolist()):
-                self.writer.add_scalar(f"gradient_flow/{state}_{when}", norm, lag)
-
-    @while_writable
-    def recurrence(self, cell, step: int) -> None:
-        """The size of the recurrent matrices."""
-        for what, size in recurrence(cell).items():
-            self.writer.add_scalar(f"recurrence/{what}", size, step)
-
-    @while_writable
-    def look(self, model, text: str, number: int) -> None:
-        """An image of every gate and state while `text` is read."""
-        for name, values in units(model, pad_collate_fn([string2code(text)])).items():
-            image = picture(values, normalize(text), gate=name not in (*model.rnn.states, "candidate"))
-            self.writer.add_image(f"look/{model.cell}/{name}", image, number, dataformats="HWC")
-
-    @while_writable
-    def symbols(self, emb, folder) -> None:
-        """The embedding for the projector, labelled by symbol and class."""
-        labels = [[symbol.replace(" ", "space"), class_of(symbol)] for symbol in id2lettre.values()]
-        (folder / "projector_config.pbtxt").unlink(missing_ok=True)  # the writer would add to it
-        with redirect_stdout(None):  # and warn of labels that are there already
-            self.writer.add_embedding(emb.weight, labels, tag="symbols", metadata_header=["symbol", "class"])
-
-    @while_writable
-    def summary(self, options: dict, figures: dict, step: int) -> None:
-        """A row for the hparams view: the run's options and its figures."""
-        from torch.utils.tensorboard.summary import hparams
-
-        figures = {f"summary/{name.replace(' ', '_')}": value for name, value in figures.items()}
-        options = {name: value for name, value in options.items() if value is not None}
-        for part in hparams(options, figures):  # the writer's own add_hparams would make a run of its own
-            self.writer.file_writer.add_summary(part)
-        for name, value in figures.items():
-            self.writer.add_scalar(name, value, step)
-
-    @while_writable
-    def text(self, tag: str, text: str, step: int = 0) -> None:
-        """A text in Markdown."""
-        self.writer.add_text(tag, text.replace("<", "&lt;"), step)
-
-    @while_writable
-    def flush(self) -> None:
-        """Have everything on disk."""
-        self.writer.flush()
-
-    @while_writable
-    def close(self) -> None:
-        self.writer.close()
-
-
-def samples(model, start: str, seed: int) -> dict:
-    """What each decoder makes of `start`: name → Hypothesis. Each draws from the seed anew."""
-    parts = (model.rnn, model.emb, model.decoder, EOS_IX)
-
-    def drawn(**space):
-        return generate(*parts, start, temperature=1.0, generator=torch.Generator().manual_seed(seed), **space)
-
-    beam, nucleus_beam = (generate_beam(*parts, BEAM, start, n=1, alpha=alpha)[0] for alpha in (1.0, NUCLEUS))
-    return {
-        "greedy": generate(*parts, start),
-        "sampled": drawn(),
-        "nucleus": drawn(alpha=NUCLEUS),
-        "beam": beam,
-        "nucleus beam": nucleus_beam,
-    }
-
-
-def shown(hypothesis, start: str = "") -> str:
-    """A sentence with its log-probability."""
-    cut = "" if hypothesis.ended else " …"
-    return f"{start}{hypothesis.text}{cut}   ({hypothesis.log_prob:.1f} nats)"
-
-
-# ------------------------------------------------------------------------------------ checkpoints
-
-FORMAT = 3
-FIELDS = {
-    "format": int,
-    "alphabet": str,
-    "model": dict,
-    "weights": dict,
-    "corpus": dict,
-    "processes": int,
-    "options": dict,
-    "optimizer": dict,
-    "random": dict,
-    "progress": dict,
-    "interval": dict,
-    "norms": torch.Tensor,
-}
-# All that the pickle in a checkpoint may name.
-GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "torch ByteStorage"}
-
-
-def save(path: Path, checkpoint: dict) -> None:
-    """Write beside, flush to disk, rename: the file is the old one or the new one, never a half."""
-    beside, content = path.with_suffix(".tmp"), io.BytesIO()
-    torch.save(checkpoint, content)
-    try:
-        with open(beside, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        if os.name == "posix":  # the new name is in the folder, which has to reach the disk too
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink()  # a half takes room and is of no use
-        raise LabError(f"cannot write {path}: {error.strerror}; the last good one is kept") from None
-
-
-@contextmanager
-def locked(folder: Path):
-    """Keep `folder` to this run; however its process ends, the system gives the lock back."""
-    if RANK:
-        yield
-        return
-    try:
-        file = open(folder / "lock", "a")  # noqa: SIM115
-    except OSError as error:
-        raise LabError(f"cannot write in {folder}: {error.strerror}") from None
-    with file:
-        try:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            raise LabError(f"{folder} is locked, another process trains this run ({error.strerror})") from None
-        yield
-
-
-def warn(message: str) -> None:
-    """One line on standard error."""
-    print(f"warning: {one_line(message)}", file=sys.stderr)
-
-
-def configuration(options) -> dict:
-    """The model that a command line asks for, as CharModel's arguments."""
-    return dict(cell=options.model, embedding_size=options.embedding, hidden_size=options.hidden)
-
-
-def records(file) -> io.BytesIO:
-    """The archive in `file` made anew from its records, each checked: torch reads this copy and nothing else.
-
-    Raises LabError or whatever zipfile and pickletools raise on a damaged or foreign file. A record
-    cannot inflate, so that a small file stays small; its pickle names nothing but tensors' parts.
-    """
-    copy = io.BytesIO()
-    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as clean:
-        found = archive.infolist()
-        stored = all(record.compress_type == zipfile.ZIP_STORED for record in found)
-        if not stored or sum(record.file_size for record in found) > os.fstat(file.fileno()).st_size:
-            raise LabError("its records claim more than the file holds")
-        for record in found:
-            content = archive.read(record)  # raises BadZipFile unless its CRC is right
-            if record.filename.endswith(".pkl"):
-                named = {what for opcode, what, _ in pickletools.genops(content) if "GLOBAL" in opcode.name}
-                if not named <= GLOBALS:
-                    raise LabError(f"it names {min(named - GLOBALS, key=str)}, which no checkpoint needs")
-            clean.writestr(record.filename, content)
-    copy.seek(0)
-    return copy
-
-
-def load_checkpoint(path) -> dict:
-    """Read a checkpoint without running anything in it; LabError if it is not a sound one of ours."""
-    try:
-        with open(path, "rb") as file:
-            checkpoint = torch.load(records(file), map_location="cpu", weights_only=True)
-            check(checkpoint, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise LabError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # whatever a foreign or damaged file makes zipfile, pickletools, torch or `check` raise
-        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-        raise LabError(f"{path} is not a checkpoint of this lab, or is damaged: {reason}") from None
-    return checkpoint
-
-
-def kinds(values: dict) -> dict:
-    """The type of each value; True is no 1 and 1 is no 1.0."""
-    return {name: type(value) for name, value in values.items()}
-
-
-def check(checkpoint, size: int) -> None:
-    """Raise unless every field is as a run of this program saves it, in a file of `size` bytes."""
-    if type(checkpoint) is not dict or type(checkpoint.get("format")) is not int:
-        raise LabError("it holds something else")
-    if checkpoint["format"] != FORMAT:
-        raise LabError(f"format {checkpoint['format']}, this program reads {FORMAT}: train again")
-    if kinds(checkpoint) != FIELDS:
-        raise LabError("a field is missing, unknown or of a wrong kind")
-    if checkpoint["alphabet"] != LETTRES:
-        raise LabError("it was trained on another alphabet, its symbols are not ours")
-    for field in ("model", "corpus", "options", "progress", "interval"):
-        if not {str, int, float, bool, type(None)}.issuperset(kinds(checkpoint[field]).values()):
-            raise LabError(f"its {field} has more than text and numbers")
-    options = checked_options(checkpoint["options"])
-    model = configuration(options)
-    if checkpoint["model"] != model or kinds(checkpoint["model"]) != kinds(model):
-        raise LabError("its model is not the one of its options")
-    if kinds(checkpoint["corpus"]) != {"name": str, "sha256": str}:
-        raise LabError("its corpus is not described")
-    if checkpoint["processes"] < 1:
-        raise LabError("it was trained by no process")
-    check_numbers(checkpoint, options)
-    check_tensors(checkpoint, size)
-
-
-def checked_options(saved: dict) -> argparse.Namespace:
-    """A checkpoint's options, through the command line's own checks."""
-    arguments = []
-    for name, value in saved.items():
-        option = f"--{name.replace('_', '-')}"
-        if value is not None and value is not False:
-            arguments.append(option if value is True else f"{option}={value}")
-    options = command_parser().parse_args(arguments)
-    parsed = to_save(options)
-    if parsed != saved or kinds(parsed) != kinds(saved):
-        raise LabError("its options are not those of this program")
-    return options
-
-
-def check_numbers(checkpoint: dict, options) -> None:
-    """Raise unless progress and interval are as START and INTERVAL, not below 0, and within the run."""
-    for name, like in (("progress", START), ("interval", INTERVAL)):
-        numbers = checkpoint[name]
-        if kinds(numbers) != kinds(like):
-            raise LabError(f"its {name} is not that of this program")
-        if not all(number >= 0 for number in numbers.values()):  # NaN is not either
-            raise LabError(f"its {name} has a number below 0 or none at all")
-    progress = checkpoint["progress"]
-    if progress["epoch"] > options.epochs or progress["batch"] > progress["step"]:
-        raise LabError("its progress is beyond its end")
-    if progress["in_row"] > min(progress["skipped"], 2):  # the third would have ended the run
-        raise LabError("its skipped steps do not add up")
-
-
-def check_tensors(checkpoint: dict, size: int) -> None:
-    """Raise unless weights, moments and random states have the model's shapes and the file's `size`."""
-    weights, moments, random = checkpoint["weights"], checkpoint["optimizer"], checkpoint["random"]
-    tensors = [*weights.values(), *random.values(), *(t for parts in moments.values() for t in parts.values())]
-    tensors.append(checkpoint["norms"])
-    if any(type(t) is not torch.Tensor or t.device.type != "cpu" for t in tensors):
-        raise LabError("something stands in place of a tensor")
-    if sum(t.numel() * t.element_size() for t in tensors) > size:
-        raise LabError("its tensors claim more than the file holds")
-    with Outline():  # shapes without memory: the sizes may be lies
-        model = CharModel(**checkpoint["model"])
-    check_shapes(weights, {name: value.shape for name, value in model.state_dict().items()}, "weights")
-    steps = checkpoint["progress"]["step"] - checkpoint["progress"]["skipped"]  # that the optimiser made
-    check_shapes({"norms": checkpoint["norms"]}, {"norms": (steps,)}, "gradient norms")
-    if steps and checkpoint["norms"].min() < 0:
-        raise LabError("its gradient norms are below 0")
-    parameters = dict(enumerate(model.parameters())) if moments else {}  # a best.pt has no moments
-    if moments.keys() != parameters.keys() or (moments and not steps):
-        raise LabError("its optimiser is not that of its model")
-    for i, parameter in parameters.items():
-        shapes = dict(step=torch.Size(), exp_avg=parameter.shape, exp_avg_sq=parameter.shape)
-        check_shapes(moments[i], shapes, "optimiser's moments")
-        if moments[i]["step"] != steps or moments[i]["exp_avg_sq"].min() < 0:
-            raise LabError("its optimiser's moments are out of range")
-    if not {"cpu"} <= random.keys() <= {"cpu", "cuda"}:
-        raise LabError("its random states are not those of this program")
-    torch.Generator().set_state(random["cpu"])  # raises if it is none
-
-
-def check_shapes(tensors: dict, shapes: dict, what: str) -> None:
-    """Raise unless `tensors` are finite float32 of these shapes, by name."""
-    if {name: t.shape for name, t in tensors.items()} != shapes:
-        raise LabError(f"its {what} do not fit its model")
-    if not all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values()):
-        raise LabError(f"its {what} are not finite numbers of 32 bits")
-
-
-def model_of(checkpoint: dict) -> CharModel:
-    """The model of a checkpoint, ready to write."""
-    with Outline():  # its weights are replaced at once
-        model = CharModel(**checkpoint["model"])
-    model.load_state_dict(checkpoint["weights"], assign=True)
-    return model.eval()
-
-
-def load_model(path) -> CharModel:
-    """A trained model, ready to write; LabError if `path` is not a checkpoint of this lab."""
-    return model_of(load_checkpoint(path))
-
-
-# -------------------------------------------------------------------------------------- processes
-
-# torchrun starts `WORLD` processes that train one model, each on its share of every batch; number 0
-# alone prints and writes. Without torchrun there is one, and torch.distributed is not touched.
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-RANK, WORLD = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if TORCHRUN else (0, 1)
-
-
-@contextmanager
-def joined(device: str):
-    """Meet torchrun's other processes; LabError if one of them is lost on the way."""
-    if WORLD == 1:
-        yield
-        return
-    from torch import distributed
-
-    if device == "cuda":
-        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-            raise LabError(f"--nproc-per-node is more than the {torch.cuda.device_count()} CUDA devices here")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=60))
-    try:
-        with redirect_stdout(None) if RANK else nullcontext():
-            yield
-    except RuntimeError as error:
-        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
-            raise  # our own mistake
-        raise LabError(
-            "another process of this run is lost: go on from the last checkpoint with "
-            f"torchrun --nproc-per-node N tp5.py --resume ({str(error).splitlines()[0]})"
-        ) from None
-    distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads outlive that call, and now and then abort the interpreter's own end
-
-
-def everywhere(*numbers: float) -> tuple[float, ...]:
-    """Each number's sum over all processes."""
-    if WORLD == 1:
-        return numbers
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(sums)
-    return tuple(sums.tolist())
-
-
-def share(loader, start: int = 0) -> DataLoader:
-    """This process's part of the loader's batches from number `start` on; those before are not even loaded.
-
-    A batch is sorted by length (nearly), so that every `WORLD`-th sentence makes parts of equal work. A part
-    without a sentence, of a last batch of few, is a BLANK: nothing to learn from, nothing to count.
-    """
-    parts = (batch[RANK::WORLD] for batch in islice(loader.batch_sampler, start, None))
-    own = torch.Generator()  # DataLoader draws from it, and not from the state that checkpoints hold
-
-    def collate(samples):
-        return pad_collate_fn(samples) if samples else torch.full((1, 1), PAD_IX)
-
-    return DataLoader(loader.dataset, batch_sampler=parts, collate_fn=collate, generator=own)
-
-
-# --------------------------------------------------------------------------------------- training
-
-
-def load_corpus(options):
-    """Training and validation sentences (a tenth, drawn by seed), and the corpus's name and SHA-256."""
-    digest = hashlib.sha256()
-    dataset = TextDataset(read_text(HERE / options.data, digest), maxsent=options.maxsent, maxlen=options.maxlen)
-    if len(dataset) < 2:
-        raise LabError(
-            f"{options.data} has {len(dataset)} sentence(s), training needs 2: a sentence ends with . ! or ? "
-            f"({dataset.left_out() or 'nothing'} left out)"
-        )
-    held_out = max(1, len(dataset) // 10)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed))
-    order = order.numpy().astype(np.int32)  # `random_split` makes lists, ten times as big
-    train, valid = Subset(dataset, order[:-held_out]), Subset(dataset, order[-held_out:])
-    sizes = f"{len(dataset):,} sentences, {len(train):,} to train on and {len(valid):,} to validate"
-    print(f"{one_line(options.data)}: {sizes}")
-    if dataset.left_out():
-        print(f"left out: {dataset.left_out()}")
-    return train, valid, {"name": one_line(Path(options.data).name), "sha256": digest.hexdigest()}
-
-
-def batches(subset, options, shuffle: bool) -> DataLoader:
-    """Bucketed batches of a split; shuffled by `options.seed` and the epoch."""
-    lengths = subset.dataset.lengths[subset.indices]
-    sampler = BucketSampler(lengths, options.batch_size, shuffle=shuffle, seed=options.seed)
-    return DataLoader(subset, batch_sampler=sampler, collate_fn=pad_collate_fn)
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep what is freed: to give it back and fetch it again costs a tenth of each step."""
-    with suppress(OSError, AttributeError, TypeError):  # no glibc here
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes
-
-
-def has_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
-
-
-def cosine(step: int, steps: int) -> float:
-    """Factor on the learning rate: linear warm-up over 5 % of the steps, then half a cosine to 0."""
+    def __init__(self, matrices, others, lr: float, *, decay: float = 0.1, quintics=QUINTICS):
+        groups = [{"params": others}, {"params": matrices, "weight_decay": decay}]
+        super().__init__(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+        self.quintics = quintics
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[1]
+        for W in group["params"]:
+            state = self.state[W]
+            if not state:
+                state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(W)
+            M = state["momentum"].lerp_(W.grad, 0.05)
+            update = orthogonal(W.grad.lerp(M, 0.95), self.quintics)
+            W.mul_(1 - group["lr"] * group["weight_decay"])
+            W.sub_(update, alpha=group["lr"] * max(1, W.shape[0] / W.shape[1]) ** 0.5)
+            W.grad = None  # so that AdamW, which comes next, leaves it alone
+        super().step()
+
+
+DEFAULTS = {"muon": {"lr": 0.05, "batch_size": 48}, "adamw": {"lr": 0.008, "batch_size": 32}}
+
+
+def make_optimizer(model, options):
+    """The optimiser that the options name: Muon for the cell's two matrices, or AdamW for all parameters."""
+    # A short memory of squared gradients, 0.95: over few epochs, ahead of Adam's usual 0.999.
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), fused=True)
+    matrices = [model.rnn.input_weight, model.rnn.hidden_weight]
+    others = [p for p in model.parameters() if all(p is not W for W in matrices)]
+    return Muon(matrices, others, options.lr)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor on the learning rates: linear warm-up over 5 % of the steps, then half a cosine to 0."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-# `batch` of `epoch` comes next; nats, symbols and seconds are the epoch's sums so far; steps skipped
-# since the start, and the last ones in a row; seconds trained and symbols read since the start; the
-# training loss of the last whole epoch.
-START = dict(
-    **dict(epoch=0, batch=0, step=0, nats=0.0, symbols=0, seconds=0.0, best=math.inf, skipped=0, in_row=0),
-    **dict(trained=0.0, read=0, train=math.inf),
-)
+# -------------------------------------------------------------------------------------- processes
+
+# torchrun starts WORLD processes that train one model, each on its shard of every batch; number 0
+# alone prints and writes.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def process_group(device: str):
+    """Join torchrun's other processes, if there are any."""
+    if WORLD == 1:
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    with redirect_stdout(None) if RANK else nullcontext():
+        yield
+    distributed.destroy_process_group()
+
+
+def all_reduce(*numbers: float) -> list[float]:
+    """Each number's sum over all processes."""
+    if WORLD == 1:
+        return list(numbers)
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+    distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+# ------------------------------------------------------------------------------------------ corpus
+
+
+@dataclass
+class Corpus:
+    """A text's sentences to train on and to validate (a tenth, drawn by seed), and its SHA-256."""
+
+    train: Subset
+    valid: Subset
+    sha256: str
+
+
+def load_corpus(options) -> Corpus:
+    """The corpus that the options name; says what was left out of it."""
+    text, name = read_text(options.data or CORPUS), printable(options.data or CORPUS.name)
+    dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen, lines=options.lines)
+    count, left_out = len(dataset), dataset.left_out() or "nothing"
+    if count < 2:
+        what = "a sentence ends with . ! or ?; with --lines, each line is an example"
+        raise LabError(f"{name} has {count} sentence(s), training needs 2: {what} (left out: {left_out})")
+    held_out, seed = max(1, count // 10), torch.Generator().manual_seed(options.seed)
+    train, valid = random_split(dataset, [count - held_out, held_out], seed)
+    print(f"{name}: {count:,} sentences, {len(train):,} to train on, {held_out:,} to validate")
+    print(textwrap.fill(f"left out: {left_out}", 79, subsequent_indent="  "))
+    lost = dataset.dropped.total() / len(text)
+    if count < 1000 or lost > 0.1:
+        little = f"{count:,} sentences, {lost:.0%} of the characters outside the alphabet"
+        print(f"warning: this is little to learn from: {little}", file=sys.stderr)
+    return Corpus(train, valid, hashlib.sha256(text.encode()).hexdigest())
+
+
+def batches(split: Subset, options, *, epoch: int | None = None, start: int = 0) -> DataLoader:
+    """This process's shard of a split's batches (T, B) from number `start` on; shuffled given an `epoch`."""
+    lengths = split.dataset.lengths[split.indices]
+    sampler = BucketSampler(lengths, options.batch_size, shuffle=epoch is not None, seed=options.seed)
+    sampler.set_epoch(epoch or 0)
+    # A batch is sorted by length (nearly), so that every WORLD-th sentence makes shards of equal work.
+    shards = [batch[RANK::WORLD] for batch in itertools.islice(sampler, start, None)]
+    return DataLoader(split, batch_sampler=shards, collate_fn=pad_collate_fn)
+
+
+@torch.no_grad()
+def evaluate(model, loader, device) -> float:
+    """Nats per symbol (EOS included, BLANK excluded) over all batches of `loader`, in every process."""
+    model.eval()
+    nats, symbols = 0.0, 0
+    for batch in loader:
+        count = int((batch != PAD_IX).sum())
+        batch = batch.to(device)
+        nats += maskedCrossEntropy(model(batch), batch, PAD_IX).item() * count
+        symbols += count
+    nats, symbols = all_reduce(nats, symbols)
+    return nats / symbols
+
+
+# ------------------------------------------------------------------------------------- monitoring
+
+# Question 5: what TensorBoard shows. Tags are numbered, so that what matters first stands first.
+
+
+def event_writer(folder: Path, part: str = "", step: int | None = None):
+    """A run's SummaryWriter: from `step` on it replaces what was written, of a `part` the whole file."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
+
+    for old in folder.glob(f"events*.{part}") if part else ():
+        old.unlink()
+    return SummaryWriter(folder, purge_step=step, filename_suffix=part and f".{part}")
+
+
+def write_histograms(writer, model, record: dict, real, step: int) -> None:
+    """Every parameter, its gradient, and every gate and state where `real` (T, B) is true."""
+    for name, parameter in model.named_parameters():
+        writer.add_histogram(f"6_gradients/{name}", parameter.grad.cpu(), step, bins=64)
+        writer.add_histogram(f"7_parameters/{name}", parameter.detach().cpu(), step, bins=64)
+    for name, values in record.items():
+        values = torch.stack(values).detach().cpu()[real]  # (real symbols, H)
+        writer.add_histogram(f"5_gates/{model.cell}_{name}", values, step, bins=64)
+
+
+def samples(model, start: str, seed: int) -> dict:
+    """What each decoder makes of `start`: name → Hypothesis. Each draws from the seed anew."""
+    parts = (model.rnn, model.emb, model.decoder, EOS_IX)
+
+    def draw(**options):
+        generator = torch.Generator().manual_seed(seed)
+        return generate(*parts, start, temperature=1.0, generator=generator, **options)
+
+    return {
+        "greedy": generate(*parts, start),
+        "sampled": draw(),
+        "nucleus": draw(alpha=0.9),
+        "beam": generate_beam(*parts, 5, start, n=1)[0],
+        "nucleus beam": generate_beam(*parts, 5, start, n=1, alpha=0.9)[0],
+    }
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with weights and moments, all that it needs to go on to the bit."""
+
+    epoch: int = 0
+    batch: int = 0  # of this epoch, comes next
+    step: int = 0
+    nats: float = 0.0  # sums over this epoch so far
+    symbols: int = 0
+    seconds: float = 0.0
+    recent_nats: float = 0.0  # sums since scalars were last written
+    recent_symbols: int = 0
+    trained: float = 0.0  # seconds, of the epochs before
+    train: float = math.inf  # training loss of the last epoch, nats
+    best: float = math.inf  # validation loss, nats
+    clipped: int = 0  # steps since the start
+    skipped: int = 0  # steps since the start whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
 
 
 def initial_model(options) -> CharModel:
     """The model that the seed makes, its recurrent matrices multiplied by `recurrent_scale`."""
     torch.manual_seed(options.seed)
-    model = CharModel(**configuration(options)).to(options.device)
-    with torch.no_grad():
-        model.rnn.hidden_weight *= options.recurrent_scale
+    model = CharModel(options.model, options.embedding, options.hidden)
+    model.rnn.hidden_weight.data *= options.recurrent_scale
     return model
 
 
+FORMAT = 4  # of checkpoints
+COMMAND_OPTIONS = ["run", "resume", "compare", "look", "device", "threads", "save_every"]  # not saved
+
+
 class Training:
-    """A run: model, optimiser, schedule and progress; all that a checkpoint holds."""
+    """A run: model, optimiser and progress, from its first step to its last."""
 
-    def __init__(self, options, folder: Path, train, valid, corpus: dict):
+    def __init__(self, options, folder: Path, corpus: Corpus):
         self.options, self.folder, self.corpus = options, folder, corpus
-        keep_freed_memory()
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        self.bf16 = options.precision == "bf16" and has_bfloat16(options.device)
-        if self.bf16 != (options.precision == "bf16"):
-            print("--precision bf16: this machine has no fast bfloat16, training goes on in float32")
-        self.model = initial_model(options)
-        self.train, self.valid = batches(train, options, True), batches(valid, options, False)
-        self.steps = options.epochs * len(self.train)
-        symbols = int(self.train.batch_sampler.lengths.sum()) + len(train)  # each sentence's end included
-        self.mean_symbols = symbols / len(self.train)  # of a batch
+        self.model = initial_model(options).to(options.device)
         self.parallel = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
-        # A short memory of squared gradients: over few epochs, ahead of Adam's usual 0.999.
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, betas=(0.9, 0.95), fused=True)
-        self.progress, self.interval, self.norms = dict(START), None, []
+        self.optimizer = make_optimizer(self.model, options)
+        self.epoch_steps = -(-len(corpus.train) // options.batch_size)  # rounded up
+        self.steps = options.epochs * self.epoch_steps
+        lengths = corpus.train.dataset.lengths[corpus.train.indices]
+        self.mean_symbols = (int(lengths.sum()) + len(lengths)) / self.epoch_steps  # of a batch, EOS included
+        self.progress, self.writer, self.stopping = Progress(), None, False
 
-    def checkpoint(self) -> dict:
-        """Everything needed to go on to the bit, as tensors and plain values."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.options.device == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state()
-        return {
-            "format": FORMAT,
-            "alphabet": LETTRES,
-            "model": configuration(self.options),
-            "weights": dict(self.model.state_dict()),
-            "corpus": self.corpus,
-            "processes": WORLD,
-            "options": to_save(self.options),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "random": random,
-            "progress": dict(self.progress),
-            "interval": dict(self.monitor.interval),
-            "norms": torch.tensor(self.norms),
-        }
+    def train_step(self, batch) -> tuple[float, int, float]:
+        """One batch (T, B): forward, backward, clip, step.
 
-    def restore(self, checkpoint: dict, path) -> None:
-        """Take up the run where the checkpoint left it."""
-        if checkpoint["corpus"] != self.corpus:
-            raise LabError(f"{self.options.data} is not the corpus that {path} was trained on")
-        done = checkpoint["progress"]
-        if done["batch"] >= len(self.train) or done["step"] != done["epoch"] * len(self.train) + done["batch"]:
-            raise LabError(f"{path} is damaged: its progress does not fit its corpus")
-        if len(checkpoint["norms"]) and not checkpoint["optimizer"]:
-            raise LabError(f"{path} has weights to write with, but no optimiser to go on with: train a new run")
-        self.progress, self.interval, self.norms = dict(done), checkpoint["interval"], checkpoint["norms"].tolist()
-        self.model.load_state_dict(checkpoint["weights"])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint["optimizer"]})
-        torch.set_rng_state(checkpoint["random"]["cpu"])
-        if self.options.device == "cuda" and "cuda" in checkpoint["random"]:
-            torch.cuda.set_rng_state(checkpoint["random"]["cuda"])
-
-    def loss(self, batch):
-        """Mean loss of a batch (T, B) on its device, in nats per symbol."""
-        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.parallel(batch)
-        return maskedCrossEntropy(output, batch, PAD_IX)
-
-    def train_step(self, batch) -> float:
-        """One batch (T, B): forward, backward, clip, step. Returns its loss in nats per symbol."""
-        done, step, symbols = self.progress, self.progress["step"], int((batch != PAD_IX).sum())
+        Returns, over all processes, the sum of its losses in nats and its symbols; and its gradient's norm.
+        """
+        step, every = self.progress.step, self.options.histograms_every
+        record_now = self.writer and every and (step % every == 0 or step == self.steps - 1)
+        record = {} if record_now else None  # of gates and states
         batch = batch.to(self.options.device)
-        record = self.monitor.wants_histograms(step)
+        real = batch != PAD_IX
+        symbols = int(real.sum())
+
+        loss = maskedCrossEntropy(self.parallel(batch, record), batch, PAD_IX)
         self.optimizer.zero_grad()
-        with watch(self.model.rnn) if record else nullcontext() as states:
-            loss = self.loss(batch)
-        # In every process alike: the whole batch's loss and symbols, and whether anybody was asked to stop.
-        nats, total, stops = everywhere(loss.item() * symbols, symbols, self.stop.is_set())
-        self.stopping = stops > 0
-        # Nats over the symbols of a mean batch, not of this one: in long batches and short, each symbol counts
-        # the same. (DDP averages over the processes, so times their number.)
-        (loss * (symbols * WORLD / self.mean_symbols)).backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf).item()  # before clipping
-        finite = math.isfinite(nats) and math.isfinite(norm)
-        if record and finite:
-            self.monitor.histograms(self.model, states, batch != PAD_IX, step)
-        self.clock, before = time.perf_counter(), self.clock
-        sums = dict(nats=nats, symbols=int(total), seconds=self.clock - before)
+        # Nats over the symbols of a mean batch, not of this one: in long batches and short, each symbol
+        # counts the same. (DDP averages over the processes, so times their number.)
+        (loss * symbols * WORLD / self.mean_symbols).backward()
+        parameters = [*self.model.parameters()]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        nats, symbols = all_reduce(loss.item() * symbols, symbols)
+        if math.isfinite(nats + norm.item()):  # else the step is skipped
+            if record is not None:
+                write_histograms(self.writer, self.model, record, real.cpu(), step)
+            nn.utils.clip_grads_with_norm_(parameters, self.options.clip or math.inf, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.options.lr * schedule(step, self.steps)
+            self.optimizer.step()
+        return nats, int(symbols), norm.item()
+
+    def record_step(self, nats: float, symbols: int, norm: float, seconds: float) -> None:
+        """Account for a step; every `scalars_every` steps, write the loss since the last time."""
+        done, every, finite = self.progress, self.options.scalars_every, math.isfinite(nats + norm)
+        done.seconds += seconds
+        done.skipped += not finite
+        done.skipped_in_a_row = 0 if finite else done.skipped_in_a_row + 1
         if finite:
-            rate, limit = self.options.lr * cosine(step, self.steps), self.options.clip or math.inf
-            self.update(rate, norm, limit)
-            self.norms.append(norm)
-            self.monitor.step(step, rate, norm, steps=1, clipped=norm > limit, **sums)
-            done.update({name: done[name] + more for name, more in sums.items()}, in_row=0)
-        else:
-            self.skip()
-        done.update(step=step + 1, batch=done["batch"] + 1)
-        return nats / total
-
-    def update(self, rate: float, norm: float, limit: float) -> None:
-        """One step of the optimiser, with the gradient of this norm clipped to `limit`."""
-        if norm > limit:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, torch.tensor(norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-
-    def skip(self) -> None:
-        """Count a step whose loss or gradient is not finite; LabError after three in a row."""
-        done = self.progress
-        done.update(skipped=done["skipped"] + 1, in_row=done["in_row"] + 1)
-        if done["in_row"] == 3:
-            raise self.diverged("at three steps in a row, the loss or its gradient was")
+            done.nats, done.recent_nats = done.nats + nats, done.recent_nats + nats
+            done.symbols, done.recent_symbols = done.symbols + symbols, done.recent_symbols + symbols
+            done.clipped += norm > (self.options.clip or math.inf)
+        if self.writer and every and done.step % every == 0 and done.recent_symbols:
+            for tag, value in {
+                "1_loss/train": done.recent_nats / done.recent_symbols,
+                "4_gradient/norm_before_clipping": norm,
+                "4_gradient/clipped_share": done.clipped / (done.step + 1),
+                "8_training/learning_rate": self.optimizer.param_groups[0]["lr"],
+                "8_training/characters_per_second": done.symbols / done.seconds,
+            }.items():
+                self.writer.add_scalar(tag, value, done.step)
+            done.recent_nats, done.recent_symbols = 0.0, 0
+        done.step, done.batch = done.step + 1, done.batch + 1
+        if done.skipped_in_a_row == 3:
+            raise self.diverged("at three steps in a row, the loss or its gradient was not finite")
 
     def diverged(self, what: str) -> LabError:
-        """The error that ends a run whose numbers `what` says are not finite."""
-        advice = f"a smaller --lr, or --clip 1; the last good checkpoint in {self.folder} is kept"
-        if not self.progress["step"]:  # as the seed made it
-            advice = "a smaller --recurrent-scale"
-        return LabError(f"{what} not finite after step {self.progress['step']:,}: train anew with {advice}")
+        """The error that ends a run that cannot go on."""
+        advice = "a smaller --lr" if self.options.clip else "--clip 1"
+        if self.progress.step <= 3:  # as the seed made it
+            advice = "a smaller --recurrent-scale or --lr"
+        return LabError(f"{what}, up to step {self.progress.step:,}: train anew with {advice}")
 
-    def train_epoch(self) -> bool:
-        """Train on the epoch's batches that are left; False if it was stopped before the last."""
-        done, batches = self.progress, len(self.train)
+    def train_epoch(self, bar) -> None:
+        """The batches of this epoch that are left, until somebody wants to stop."""
+        done, saved = self.progress, time.monotonic()
         self.model.train()
-        self.train.batch_sampler.set_epoch(done["epoch"])
-        self.clock = saved = time.perf_counter()
-        with tqdm(total=batches, initial=done["batch"], unit="batch", leave=False, disable=RANK > 0 or None) as bar:
-            for batch in share(self.train, done["batch"]):
-                nats = self.train_step(batch)
-                speed = done["symbols"] / max(done["seconds"], 1e-9)
-                bar.set_postfix_str(f"{nats:.3f} nats, {speed:,.0f} characters/s", refresh=False)
-                bar.update()
-                due = self.options.save_every and self.clock - saved >= self.options.save_every
-                if done["batch"] < batches and (due or self.stopping):  # after the last one, end_epoch saves
-                    self.save("last.pt", final=self.stopping)
-                    saved = self.clock
-                if self.stopping:
-                    break
-        return done["batch"] == batches
+        bar.set_description_str(f"epoch {done.epoch + 1}/{self.options.epochs}")
+        for batch in batches(self.corpus.train, self.options, epoch=done.epoch, start=done.batch):
+            since = time.perf_counter()
+            self.record_step(*self.train_step(batch), time.perf_counter() - since)
+            loss, speed = done.nats / max(done.symbols, 1), done.symbols / done.seconds
+            bar.set_postfix_str(f"{loss:.3f} nats, {speed:,.0f} characters/s", refresh=False)
+            bar.update()
+            due = self.options.save_every and time.monotonic() - saved > self.options.save_every
+            if (due or self.stopping) and done.batch < self.epoch_steps:  # at the end, end_epoch saves
+                self.save("last.pt")
+                saved = time.monotonic()
+            if self.stopping:
+                break
 
     def end_epoch(self) -> None:
-        """Validate, show samples, and save: `best.pt` where it is the best so far, always `last.pt`."""
-        done = self.progress
-        self.model.eval()
-        valid = evaluate(self.model, share(self.valid), self.options.device)
+        """Validate, save (`best.pt` where it is the best so far, `last.pt` always), then say how it went."""
+        done, step = self.progress, self.progress.step - 1  # the step just done: a resumed run keeps it
+        valid = evaluate(self.model, batches(self.corpus.valid, self.options), self.options.device)
         if not math.isfinite(valid):
-            raise self.diverged("the validation loss is")
-        found = {} if RANK else samples(self.model, "", self.options.seed + done["epoch"])
-        sentences = {decoder: shown(hypothesis) for decoder, hypothesis in found.items()}
-        self.monitor.epoch(done["step"] - 1, valid, sentences)  # with the step just done: a resumed run keeps it
-        train = done["nats"] / done["symbols"] if done["symbols"] else math.inf  # all steps skipped
-        done.update(trained=done["trained"] + done["seconds"], read=done["read"] + done["symbols"], train=train)
-        speed = done["symbols"] / max(done["seconds"], 1e-9)
-        print(
-            f"epoch {done['epoch'] + 1}/{self.options.epochs}: training {train:.3f} nats, validation {valid:.3f} nats "
-            f"= {valid / math.log(2):.3f} bits per character, {speed:,.0f} characters/s, "
-            f"{done['trained']:.1f} s of training"
-        )
-        if done["skipped"]:
-            print(f"  {done['skipped']:,} steps skipped so far: their loss or gradient was not finite")
-        for decoder, sentence in sentences.items():
-            print(f"  {decoder:12s} {sentence}")
-        best_before = done["best"]
-        done.update(epoch=done["epoch"] + 1, batch=0, nats=0.0, symbols=0, seconds=0.0, best=min(valid, best_before))
-        final = self.stopping or done["epoch"] == self.options.epochs
-        # The best first: a run killed in between goes on from the older last.pt and comes here again.
-        if valid < best_before and not self.save("best.pt", final):
-            done["best"] = best_before
-        self.save("last.pt", final)
+            raise self.diverged("the validation loss is not finite")
+        found = {} if RANK else samples(self.model, "", self.options.seed + done.epoch)
+        sentences = {decoder: h.text + ("" if h.ended else " …") for decoder, h in found.items()}
+        if self.writer:
+            self.writer.add_scalar("1_loss/validation", valid, step)
+            self.writer.add_scalar("8_training/validation_bits_per_character", valid / math.log(2), step)
+            for decoder, sentence in sentences.items():
+                code_block = textwrap.indent(textwrap.fill(sentence, 90), " " * 4)
+                self.writer.add_text(f"samples/{decoder}", code_block, step)
 
-    def save(self, name: str, final: bool) -> bool:
-        """Save as `name`, after the curves; whether it went well. Only the `final` save of a command has to.
+        better, speed = valid < done.best, done.symbols / max(done.seconds, 1e-9)
+        done.train = done.nats / done.symbols if done.symbols else math.inf
+        done.best, done.trained = min(valid, done.best), done.trained + done.seconds
+        done.epoch, done.batch, done.nats, done.symbols, done.seconds = done.epoch + 1, 0, 0.0, 0, 0.0
+        for name in (
+            ["best.pt", "last.pt"] if better else ["last.pt"]
+        ):  # a kill in between: from last.pt again
+            self.save(name)
+        with tqdm.external_write_mode():
+            self.say_epoch(valid, speed, sentences)
 
-        `last.pt` is for going on with, `best.pt` for writing: it has no moments, and is a third as big.
+    def say_epoch(self, valid: float, speed: float, sentences: dict[str, str]) -> None:
+        """Print what an epoch came to; a sentence is cut to the terminal's width."""
+        done, guess, width = self.progress, math.log(len(id2lettre)), shutil.get_terminal_size().columns - 16
+        losses = f"training {done.train:.3f} nats, validation {valid:.3f} nats"
+        print(f"epoch {done.epoch}/{self.options.epochs}: {losses}")
+        speed = f"{speed:,.0f} characters/s, {done.trained:.1f} s of training so far"
+        print(f"  {valid / math.log(2):.3f} bits per character, {speed}")
+        if done.skipped:
+            print(f"  {done.skipped:,} steps skipped so far: their loss or gradient was not finite")
+        if valid > guess:
+            print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
+        for decoder, text in sentences.items():
+            print(f"  {decoder:12s}  {text if len(text) <= width else text[: width - 1] + '…'}")
+
+    def run(self) -> bool:
+        """Train to the end, or until Ctrl-C or SIGTERM; whether it came to the end."""
+        if WORLD == 1:  # torchrun ends its processes itself; they go on from the last save
+            signal.signal(signal.SIGINT, self.stop)
+            signal.signal(signal.SIGTERM, self.stop)
+        done = self.progress
+        if not RANK:
+            self.writer = event_writer(self.folder, step=done.step)
+        if done.step == 0:
+            self.save("last.pt")  # a run killed before its first save can be resumed as well
+        layout = "{desc} {percentage:3.0f}%|{bar}| {postfix}, {remaining} left"
+        bar = tqdm(total=self.steps, initial=done.step, leave=False, disable=RANK > 0 or None,
+                   dynamic_ncols=True, bar_format=layout)  # fmt: skip
+        with bar:
+            while done.epoch < self.options.epochs and not self.stopping:
+                self.train_epoch(bar)
+                if done.batch == self.epoch_steps:
+                    self.end_epoch()
+        if self.writer:
+            self.writer.close()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return done.epoch == self.options.epochs
+
+    def stop(self, *_) -> None:
+        """Stop after this step; a second signal kills."""
+        self.stopping = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # -------------------------------------------------------------------------------- checkpoints
+
+    def save(self, name: str) -> None:
+        """Write beside, flush to disk, rename: the file is the old one or the new one, never a half.
+
+        `last.pt` is for going on with; `best.pt`, for writing, has no moments and is a third as big.
         """
         if RANK:
-            return True
-        self.monitor.flush()
-        checkpoint = self.checkpoint()
-        learned = (checkpoint["weights"], *checkpoint["optimizer"].values())
-        if not all(tensor.isfinite().all() for tensors in learned for tensor in tensors.values()):
-            raise self.diverged("a weight or a moment is")
-        try:
-            save(self.folder / name, checkpoint if name == "last.pt" else {**checkpoint, "optimizer": {}})
-        except LabError as error:
-            if final:
-                raise
-            warn(f"{error}; training goes on")
-            return False
-        return True
+            return
+        options = {name: value for name, value in vars(self.options).items() if name not in COMMAND_OPTIONS}
+        checkpoint = {
+            "format": FORMAT,
+            "alphabet": LETTRES,
+            "sha256": self.corpus.sha256,
+            "options": options,
+            "weights": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict()["state"] if name == "last.pt" else None,
+            "progress": asdict(self.progress),
+        }
+        if not all(weight.isfinite().all() for weight in checkpoint["weights"].values()):
+            raise self.diverged("a weight is not finite")
+        self.writer.flush()
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+        with open(self.folder / f"{name}.half", "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.folder / f"{name}.half", self.folder / name)
 
-    def run(self, stop: threading.Event) -> bool:
-        """Train epoch after epoch; False if `stop` was set before the end. `last.pt` is saved."""
-        self.stop, self.stopping = stop, False
-        self.monitor = Monitor(self.folder, self.options, self.progress["step"], self.interval)
-        if self.progress["step"] == 0:
-            self.save("last.pt", final=True)  # a run killed before its first save can be resumed as well
-        while self.progress["epoch"] < self.options.epochs and not self.stopping:
-            if self.train_epoch():
-                self.end_epoch()
-        self.monitor.close()
-        return self.progress["epoch"] == self.options.epochs
+    def restore(self, checkpoint: dict) -> None:
+        """Take up the run where the checkpoint left it."""
+        if checkpoint["sha256"] != self.corpus.sha256:
+            raise LabError("this run was trained on another text: name it with --data")
+        self.model.load_state_dict(checkpoint["weights"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint["optimizer"]})
+        for parameter, moments in self.optimizer.state.items():
+            if moments.keys() not in ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"}):
+                raise ValueError("its optimiser is another")
+            for name, moment in moments.items():
+                if moment.shape != (() if name == "step" else parameter.shape):
+                    raise ValueError("its moments do not fit its weights")
+                moments[name] = moment.clone(memory_format=torch.contiguous_format)  # its own memory
+        self.progress = Progress(**checkpoint["progress"])
+        kinds = [[type(value) for value in asdict(each).values()] for each in (self.progress, Progress())]
+        if kinds[0] != kinds[1] or not 0 <= self.progress.batch < self.epoch_steps or self.progress.epoch < 0:
+            raise ValueError("its progress does not fit its corpus")
 
 
-# -------------------------------------------------------------------------------------- comparing
+@contextmanager
+def reading(file: Path):
+    """Whatever a missing, foreign, damaged or edited checkpoint raises becomes one line."""
+    try:
+        yield
+    except LabError:
+        raise
+    except OSError as error:
+        raise LabError(f"cannot read {file}: {error.strerror or error}") from None
+    except Exception as error:  # whatever zipfile, torch or our own lines meet
+        reason = (str(error) or type(error).__name__).splitlines()[0][:150]
+        raise LabError(f"{file} is not a checkpoint of this lab, or is damaged: {reason}") from None
+
+
+def load_checkpoint(file: Path) -> dict:
+    """Read a checkpoint without running anything in it; LabError if it is not one of ours."""
+    with reading(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ValueError("its records are compressed")  # a small file could fill the memory
+            if archive.testzip():
+                raise ValueError("a checksum is wrong")
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"format {checkpoint['format']}, this program reads {FORMAT}: train again")
+        if checkpoint["alphabet"] != LETTRES:
+            raise ValueError("it was trained on another alphabet")
+        weights, options = checkpoint["weights"], checkpoint["options"]
+        if not all(weight.is_contiguous() and weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("its weights are not finite numbers")
+        options["embedding"] = weights["emb.weight"].shape[1]  # sizes are those of the weights
+        options["hidden"] = weights["decoder.weight"].shape[1]
+    return checkpoint
+
+
+def model_of(checkpoint: dict) -> CharModel:
+    """The model of a checkpoint, ready to write."""
+    options = checkpoint["options"]
+    model = CharModel(options["model"], options["embedding"], options["hidden"])
+    model.load_state_dict(checkpoint["weights"])
+    return model.eval()
+
+
+def load_model(file: Path) -> CharModel:
+    """A trained model, ready to write; LabError if `file` is not a checkpoint of this lab."""
+    checkpoint = load_checkpoint(file)
+    with reading(file):
+        return model_of(checkpoint)
+
+
+# ----------------------------------------------------------------------------- a trained run, inside
 
 
 def table(rows: list[dict]) -> str:
@@ -1249,458 +716,455 @@ def table(rows: list[dict]) -> str:
     if not rows:
         return "none"
 
-    def text_of(value) -> str:
-        if isinstance(value, float):
-            return f"{value:.2g}" if abs(value) < 0.01 else f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-        return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
-
-    lines = [[*rows[0]], *([text_of(value) for value in row.values()] for row in rows)]
+    lines = [[*rows[0]]]
+    for row in rows:
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()]
+        lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def figures(checkpoint: dict) -> dict:
-    """What a run came to when it saved its best model. Training loss: the mean over the last epoch's steps."""
-    done, norms = checkpoint["progress"], checkpoint["norms"]
-    train, valid, limit = done["train"], done["best"], checkpoint["options"]["clip"]
-    return {
-        "parameters": sum(weight.numel() for weight in checkpoint["weights"].values()),
-        "epochs": done["epoch"],
-        "seconds": done["trained"],
-        "characters/s": done["read"] / max(done["trained"], 1e-9),
-        "training nats": train,
-        "validation nats": valid,
-        "training bits": train / math.log(2),
-        "validation bits": valid / math.log(2),
-        "perplexity": math.exp(min(valid, 700)),  # beyond, no float holds it
-        "median gradient norm": norms.median().item() if len(norms) else math.nan,
-        "99th percentile": norms.quantile(0.99).item() if len(norms) else math.nan,
-        "clipped": (norms > limit).float().mean().item() if limit else math.nan,
-        "skipped steps": done["skipped"],
-    }
+LAGS = 40  # characters that a loss is followed back
+WEAKEST = 0.3  # correlation at which a unit is worth naming
+
+# What a person can say of the character just read: the stretches of text where it holds, then counts.
+STRETCHES = {
+    "inside a quotation": r'"[^"]*"?',
+    "inside brackets": r"[(\[][^)\]]*",
+    "in a capitalised word": r"[A-Z][\w']*",
+    "in a number": r"\d[\d.,]*",
+    "after a vowel": r"[aeiouAEIOU]",
+    "after a space": r" ",
+}
+FEATURES = (*STRETCHES, "position in the sentence", "position in the word")
 
 
-def beginnings(sentences):
-    """A batch (T, B) of sentences; one of more than LONGEST characters ends after so many."""
-    return pad_collate_fn([string2code(code2string(sentence)[:LONGEST]) for sentence in sentences])
+def features(text: str) -> torch.Tensor:
+    """FEATURES after 0, 1, … n characters of `text`, a stretch as 1 or 0: (features, n + 1)."""
+    found = torch.zeros(len(FEATURES), len(text) + 1)
+    for row, pattern in zip(found, STRETCHES.values(), strict=False):
+        for match in re.finditer(pattern, text):
+            row[match.start() + 1 : match.end() + 1] = 1
+    found[-2] = torch.arange(len(text) + 1)
+    found[-1] = torch.tensor([n - 1 - text.rfind(" ", 0, n) for n in range(len(text) + 1)])
+    return found
 
 
-def some(subset, count: int, length: int):
-    """A batch (T, count) of the first sentences that have `length` characters; of the longest if they are few."""
-    lengths = subset.dataset.lengths[subset.indices]
-    order = np.argsort(-np.minimum(lengths, length).astype(int), kind="stable")[:count]
-    return beginnings([subset[i] for i in order])
+def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
+    """How far back a loss reaches: ‖∂loss_t/∂s_{t−k}‖ for each state s and k = 0 … lags, mean over sentences.
+
+    Of each sentence in batch (T, B) longer than `lags`, one symbol t is drawn and only its loss counts: one
+    backward pass then gives all gradients. Returns state → (lags + 1,), fewer in short batches.
+    """
+    lengths = (batch != PAD_IX).sum(0)
+    lags = min(lags, int(lengths.max()) - 1)
+    batch, lengths = batch[:, lengths > lags], lengths[lengths > lags]
+    draw = torch.rand(len(lengths), generator=torch.Generator().manual_seed(0)).to(batch.device)
+    t, b = lags + (draw * (lengths - lags)).long(), torch.arange(len(lengths), device=batch.device)
+    record = {}
+    logits = model(batch, record)
+    loss = F.cross_entropy(logits[t, b], batch[t, b], reduction="sum")
+    flow = {}
+    for name in model.rnn.states:
+        slopes = torch.autograd.grad(loss, record[name], retain_graph=True, materialize_grads=True)
+        norms = torch.stack(slopes).norm(dim=-1)  # (T, B)
+        flow[name] = norms.gather(0, t - torch.arange(lags + 1, device=t.device)[:, None]).mean(1)
+    return flow
 
 
-def before_and_after(checkpoint: dict) -> dict:
-    """The run's model "at_start", as its seed made it, and "trained"."""
-    start = initial_model(argparse.Namespace(**checkpoint["options"], device="cpu"))
-    return {"at_start": start, "trained": model_of(checkpoint)}
+@torch.no_grad()
+def activations(model, batch) -> dict[str, torch.Tensor]:
+    """What a cell does while it reads batch (T, B): gate or state → (real symbols, H), by sentence."""
+    record = {}
+    model(batch, record)
+    real = (batch != PAD_IX).T
+    return {name: torch.stack(steps, 1)[real] for name, steps in record.items()}
 
 
-def flows(models: dict, valid) -> dict:
-    """Gradient flow over validation sentences: (state, "at_start" or "trained") → norms by lag."""
-    batch = some(valid, 64, LAGS + 1)
-    found = {when: gradient_flow(model, batch) for when, model in models.items()}
-    return {(state, when): norms for when, states in found.items() for state, norms in states.items()}
+@dataclass
+class Unit:
+    """The unit that follows a feature of the text most closely."""
+
+    feature: str
+    gate: str  # or state
+    number: int
+    r: float  # correlation over validation sentences
 
 
-def look_inside(options, folder: Path, valid: DataLoader) -> None:
-    """Write what a finished run's best model shows: figures, gradient flow, units, symbols' map, gates on text."""
-    checkpoint = load_checkpoint(folder / "best.pt")
-    step, models = checkpoint["progress"]["step"], before_and_after(checkpoint)
-    # A file of its own, made anew: its curves' steps are lags, which a resumed run must not strike out.
-    monitor = Monitor(folder, options, None, name="inside")
-    monitor.summary(checkpoint["options"] | {"data": checkpoint["corpus"]["name"]}, figures(checkpoint), step)
-    if options.histograms_every or options.look:
-        model = models["trained"]
-        monitor.flow(flows(models, valid.dataset))
-        monitor.recurrence(models["at_start"].rnn, 0)
-        monitor.recurrence(model.rnn, step)
-        monitor.symbols(model.emb, folder)
-        order = list(valid.batch_sampler)
-        chosen = order[:: -(-len(order) // 8)]  # eight batches, of all lengths
-        batches = DataLoader(valid.dataset, batch_sampler=chosen, collate_fn=beginnings)
-        found = table(followers(tracking(model, batches)))
-        monitor.text("units/that_follow_the_text", found)
-        print(f"Units of the {model.cell} that follow the text:\n{found}")
-        if long := int((valid.batch_sampler.lengths > LONGEST).sum()):
-            print(f"{long:,} long validation sentences: only their first {LONGEST:,} characters are looked at")
-        texts = [code2string(sentence) for sentence in some(valid.dataset, 3, 60).t().tolist()]
-        for i, text in enumerate([options.look] if options.look else texts):
-            monitor.look(model, text, i)
-        print(f"Its gates on text: look/{model.cell}/… among TensorBoard's images")
-    monitor.close()
+def named_units(model, loader) -> list[Unit]:
+    """For each of FEATURES, the unit of all gates and states that follows it most closely, if one does."""
+    known, seen, units = [], [], {}
+    for batch in loader:
+        known += [features(code2string(sentence)) for sentence in batch.T.tolist()]
+        seen.append(activations(model, batch))
+    known = torch.cat(known, dim=1)
+    for gate in seen[0]:
+        values = torch.cat([part[gate] for part in seen]).T  # (H, symbols)
+        correlations = torch.cat([known, values]).corrcoef()[: len(known), len(known) :].nan_to_num()
+        for feature, row in zip(FEATURES, correlations, strict=True):
+            number = int(row.abs().argmax())
+            units.setdefault(feature, []).append(Unit(feature, gate, number, row[number].item()))
+    strongest = [max(candidates, key=lambda unit: abs(unit.r)) for candidates in units.values()]
+    return sorted([unit for unit in strongest if abs(unit.r) >= WEAKEST], key=lambda unit: -abs(unit.r))
 
 
-def comparable(folder: Path) -> dict:
-    """The best checkpoint of each run in `folder`, by name; LabError if they were not trained on the same sentences."""
-    runs = {path.parent.relative_to(folder).as_posix(): load_checkpoint(path) for path in folder.glob("**/best.pt")}
-    if not runs:
-        raise LabError(f"no run in {folder} to compare: train some with `python tp5.py --model all`")
-    options = {name: {**run["options"], "data": run["corpus"]["sha256"]} for name, run in runs.items()}
-    first = min(options)
-    for other, option in product(options, ("data", "seed", "maxlen", "maxsent")):
-        if options[other][option] != options[first][option]:
-            which = f"in {folder}, {first} and {other}"
-            raise LabError(f"{which} cannot be compared: they differ in --{option}, so in their sentences")
-    cells = list(CELLS)
-    return dict(sorted(runs.items(), key=lambda item: (cells.index(item[1]["model"]["cell"]), item[0])))
+def picture(model, units: list[Unit], text: str, columns: int = 30):
+    """Units on `text` as an image, uint8 (height, width, 3): a row a unit, each character on its value.
+
+    Blue is negative, white 0, red positive. Below a memory unit that counts stand its gates f, i and
+    o. A long text goes on below, after `columns` characters.
+    """
+    from PIL import Image, ImageDraw, ImageFont  # comes with TensorBoard
+
+    values, rows = activations(model, pad_collate_fn([string2code(text)])), []
+    for unit in units:
+        label = f"{unit.gate} {unit.number} · {unit.feature} · r {unit.r:.2f}"
+        rows.append((label, values[unit.gate][1:, unit.number]))  # from the first character on
+        if unit.gate == "C" and unit.feature.startswith("position") and "f" not in dict(rows):
+            rows += [(gate, values[gate][1:, unit.number]) for gate in "fio"]
+    width, height, margin = 15, 27, 310  # of a character, of a row, of the labels; pixels
+    blocks = -(-len(text) // columns)
+    image = Image.new("RGB", (margin + width * columns, blocks * height * (len(rows) + 1)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(17)
+    for y, (label, row) in enumerate(rows):
+        row = row / row.abs().max().clamp(min=1)
+        for i, (char, value) in enumerate(zip(text, row.tolist(), strict=True)):
+            left, top = margin + width * (i % columns), height * (y + i // columns * (len(rows) + 1))
+            if i % columns == 0:
+                draw.text((margin - 8, top + height / 2), label, "black", font, anchor="rm")
+            pale = round(255 - 160 * abs(value))
+            colour = (255, pale, pale) if value > 0 else (pale, pale, 255)
+            draw.rectangle((left, top, left + width - 1, top + height - 3), colour)
+            draw.text((left + width / 2, top + height / 2), char, "black", font, anchor="mm")
+    return np.asarray(image)
 
 
-def their_corpus(folder: Path, runs: dict, options):
-    """The runs' training and validation sentences, from where they had them, or from --data."""
-    run = next(iter(runs.values()))
-    moved = {} if HERE / options.data == CORPUS else {"data": options.data}
-    train, valid, corpus = load_corpus(argparse.Namespace(**run["options"] | moved))
-    if corpus["sha256"] != run["corpus"]["sha256"]:
-        raise LabError(f"the runs in {folder} were trained on another corpus: name it with --data")
-    return train, valid
+def flows(checkpoint: dict, valid: Subset) -> dict[str, dict]:
+    """Gradient flow over 64 validation sentences that are long enough, "at_start" and "trained"."""
+    order = np.argsort(-np.minimum(valid.dataset.lengths[valid.indices], LAGS + 1), kind="stable")
+    batch = pad_collate_fn([valid[i] for i in order[:64]])
+    start = initial_model(argparse.Namespace(**checkpoint["options"]))
+    return {"at_start": gradient_flow(start, batch), "trained": gradient_flow(model_of(checkpoint), batch)}
 
 
-def felt(runs: dict, valid) -> list[dict]:
-    """Gradient flow of each run at some lags, at the start and trained."""
+@torch.no_grad()
+def recurrent_matrices(models: dict[str, CharModel]) -> list[dict]:
+    """Largest singular value and spectral radius of each gate's recurrent matrix, by model."""
     rows = []
-    for name, run in runs.items():
-        for (state, when), norms in flows(before_and_after(run), valid).items():
-            lags = {f"{lag} back": norms[lag].item() for lag in range(0, len(norms), 10)}
-            rows.append({"run": name, "gradient of": state, "when": when.replace("_", " "), **lags})
+    for when, model in models.items():
+        for gate, W in zip(model.rnn.gates, model.rnn.hidden_weight.chunk(len(model.rnn.gates)), strict=True):
+            sizes = {
+                "singular value": torch.linalg.matrix_norm(W, 2),
+                "radius": torch.linalg.eigvals(W).abs().max(),
+            }
+            rows.append({"gate": gate, "when": when, **{what: size.item() for what, size in sizes.items()}})
     return rows
 
 
-def quartiles(texts: list[str]) -> str:
-    """Of the texts' lengths, in characters."""
-    return " ".join(f"{length:.0f}" for length in np.quantile([*map(len, texts)], (0.25, 0.5, 0.75)))
+def write_symbols(writer, emb, folder: Path) -> None:
+    """The symbols' embeddings for TensorBoard's projector, labelled by symbol and class."""
+    classes = {"vowel": "[aeiou]", "consonant": "[a-z]", "capital": "[A-Z]", "digit": "[0-9]", "other": ".*"}
+    labels = []
+    for symbol in id2lettre.values():
+        kind = next(kind for kind, letters in classes.items() if re.fullmatch(letters, symbol))
+        labels.append([symbol.replace(" ", "space"), kind])
+    (folder / "projector_config.pbtxt").unlink(missing_ok=True)  # the writer would add to it
+    with redirect_stdout(None):  # and warn of labels that are there already
+        writer.add_embedding(emb.weight, labels, tag="symbols", metadata_header=["symbol", "class"])
 
 
-def written(runs: dict, train, valid) -> tuple[list[str], list[dict]]:
-    """What the decoders make of the same starts: some sentences, and how much of all of them was copied."""
-    corpus, held_out = ([code2string(sentence) for sentence in part] for part in (train, valid))
-    starts = ["", *dict.fromkeys(sentence.split()[0] + " " for sentence in held_out)][:20]
-    groups, facts, sentences = {}, {}, []
+def write_flows(writer, found: dict[str, dict]) -> None:
+    """Gradient flow as curves of log10 over the lag; says what became of it."""
+    for when, flow in found.items():
+        for state, norms in flow.items():
+            for lag, norm in enumerate(norms.clamp(min=1e-30).log10().tolist()):
+                writer.add_scalar(f"2_gradient_flow/log10_norm_of_{state}_{when}", norm, lag)
+    before, after = (found[when]["h"][-1].item() for when in ("at_start", "trained"))
+    print(f"Gradient {len(norms) - 1} characters back: {before:.1e} at the start, {after:.1e} trained.")
+    if after <= before:
+        print("It did not grow: this run is too short for the lesson of question 5.")
 
-    def add(run: str, decoder: str, texts: list[str], ended: float, whole: list[str]) -> None:
-        groups[run, decoder] = texts
-        facts[run, decoder] = {"ended": ended, "length, quartiles": quartiles(whole)}
 
-    add("held-out sentences", "", held_out[:200], 1.0, held_out[:200])
-    for name, run in runs.items():
-        model = model_of(run)
-        found = [samples(model, start, seed) for seed, start in enumerate(starts, run["options"]["seed"])]
+def look_inside(folder: Path, corpus: Corpus, text: str | None = None) -> None:
+    """Write and print what a run's best model does: gradient flow and named units; or its units on `text`."""
+    checkpoint = load_checkpoint(folder / "best.pt")
+    options, model = argparse.Namespace(**checkpoint["options"]), model_of(checkpoint)
+    order = list(batches(corpus.valid, options).batch_sampler)
+    eight = order[:: -(-len(order) // 8)]  # batches of all lengths
+    units = named_units(model, DataLoader(corpus.valid, batch_sampler=eight, collate_fn=pad_collate_fn))
+    found = table([{"unit": f"{u.gate} {u.number}", "follows": u.feature, "correlation": u.r} for u in units])
+    print(f"Units of this {model.cell} that follow the text:\n{found}")
+    writer = event_writer(folder, "look" if text else "inside")
+    sentences = [corpus.valid.dataset.sentences[i] for i in corpus.valid.indices]
+    near_40 = sorted(sentences, key=lambda sentence: abs(len(sentence) - 40))
+    for i, sentence in enumerate([text] if text else near_40[:3]):
+        writer.add_image("3_units/on_text", picture(model, units, sentence), i, dataformats="HWC")
+    if not text:
+        writer.add_text("units", found)
+        matrices = recurrent_matrices({"at start": initial_model(options), "trained": model})
+        writer.add_text("recurrent_matrices", table(matrices))
+        write_symbols(writer, model.emb, folder)
+        write_flows(writer, flows(checkpoint, corpus.valid))
+    writer.close()
+
+
+# -------------------------------------------------------------------------------------- comparing
+
+
+def say_next(*commands: tuple[str, Path]) -> None:
+    """The next commands, each with the folder that it ends in, on lines of their own, ready to be pasted."""
+    print(
+        "Next:",
+        *(f"{command} {shlex.quote(printable(folder))}" for command, folder in commands),
+        sep="\n    ",
+    )
+
+
+def copied(texts: list[str], corpus: str) -> dict[str, float]:
+    """Learned or copied: the shares of the texts' words and substrings of 16 and 32 that `corpus` has."""
+    words = [word for text in texts for word in re.findall(r"[\w']+", text.lower())]
+    known = set(re.findall(r"[\w']+", corpus.lower()))
+    shares = {"known": sum(word in known for word in words) / max(len(words), 1)}
+    for n in (16, 32):
+        spans = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
+        shares[f"copied {n}"] = sum(span in corpus for span in spans) / max(len(spans), 1)
+    return shares
+
+
+def written(runs: dict[str, dict], corpus: Corpus) -> tuple[list[dict], str]:
+    """What decoders make of the same 20 starts: a table of how much was copied, and the first sentences."""
+    training = "\n".join(corpus.train.dataset.sentences[i] for i in corpus.train.indices)
+    valid = [corpus.valid.dataset.sentences[i] for i in corpus.valid.indices]
+    starts = ["", *dict.fromkeys(sentence.split()[0] + " " for sentence in valid)][:20]
+    texts, ended, sentences = {("corpus", ""): valid[:200]}, {("corpus", ""): 1.0}, []
+    for run, checkpoint in runs.items():
+        found = [samples(model_of(checkpoint), start, seed) for seed, start in enumerate(starts)]
         for decoder in found[0]:
             made = [of_start[decoder] for of_start in found]
-            whole = [start + h.text for start, h in zip(starts, made, strict=True)]
-            # The start is ours, not the model's: it counts in lengths only.
-            add(name, decoder, [h.text for h in made], sum(h.ended for h in made) / len(made), whole)
-            for start, h in zip(starts[:2], made, strict=False):
-                sentences.append(f"    {name}, {decoder}, start {start!r}: {shown(h, start)}")
-    shares = copied(groups, "\n".join(corpus))
-    return sentences, [{"run": key[0], "decoder": key[1], **shares[key], **facts[key]} for key in groups]
+            texts[run, decoder] = [h.text for h in made]  # the start is ours, not the model's
+            ended[run, decoder] = sum(h.ended for h in made) / len(made)
+            sentences.append(f"{run}, {decoder}:\n{textwrap.indent(textwrap.fill(made[0].text, 72), '    ')}")
+    rows = []
+    for (run, decoder), group in texts.items():
+        length = int(np.median([*map(len, group)]))
+        shares = {**copied(group, training), "ended": ended[run, decoder]}
+        rows.append({"run": run, "decoder": decoder, **shares, "length": length})
+    return rows, "\n".join(sentences)
 
 
-def compare(folder: Path, runs: dict, train, valid, options) -> None:
-    """The runs side by side: figures, gradient flow, what their decoders write and how much of that is copied."""
-    rows = table([{"run": name, **figures(run)} for name, run in runs.items()])
-    sentences, shares = written(runs, train, valid)
-    text = "\n\n".join([rows, table(felt(runs, valid)), "\n".join(sentences), table(shares)]) + "\n"
+def comparable(folders: list[Path]) -> dict[str, dict]:
+    """The best checkpoint of each run in the folders, by name; LabError unless all have one corpus."""
+    files = sorted({file.absolute() for folder in folders for file in folder.glob("**/best.pt")})
+    if not files:
+        raise LabError(f"no run in {', '.join(map(str, folders))}: train some with tp5.py --model all")
+    top = Path(os.path.commonpath([file.parent.parent for file in files]))
+    runs, fitting = {file.parent.relative_to(top).as_posix(): load_checkpoint(file) for file in files}, {}
+    for name, run in runs.items():
+        sentences = [run["options"][option] for option in ("seed", "maxlen", "maxsent", "lines")]
+        fitting.setdefault((run["sha256"], *sentences), []).append(name)
+    if len(fitting) > 1:
+        which = "; ".join(", ".join(names) for names in fitting.values())
+        raise LabError(f"only runs on the same sentences can be compared, so one of these groups: {which}")
+    return dict(sorted(runs.items(), key=lambda item: [*CELLS].index(item[1]["options"]["model"])))
+
+
+def compare(folder: Path, runs: dict[str, dict], corpus: Corpus) -> None:
+    """The runs side by side: loss, gradient flow, what their decoders write, how much of that is copied."""
+    losses, lags = [], []
+    for name, run in runs.items():
+        done, size = run["progress"], sum(weight.numel() for weight in run["weights"].values())
+        nats = {kind: f"{done[field]:.3f}" for kind, field in (("training", "train"), ("validation", "best"))}
+        bits = f"{done['best'] / math.log(2):.3f}"
+        losses.append(
+            {"run": name, "parameters": f"{size:,}", "seconds": round(done["trained"]), **nats, "bits": bits}
+        )
+        for when, flow in flows(run, corpus.valid).items():
+            for state, norms in flow.items():
+                by_lag = {str(lag): norms[lag].item() for lag in range(0, len(norms), 10)}
+                lags.append({"run": name, "of": state, "when": when.replace("_", " "), **by_lag})
+    shares, sentences = written(runs, corpus)
+    parts = {
+        "Loss, in nats per symbol, and validation loss in bits": table(losses),
+        "Norm of the gradient, by how many characters it goes back": table(lags),
+        "Shares of known words, copied substrings, ended sentences; median length": table(shares),
+        "What they write without a start": textwrap.indent(sentences, " " * 4),
+    }
+    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n"
     print(f"\n{text}")
-    try:
-        (folder / "comparison.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise LabError(f"cannot write in {folder}: {error.strerror}") from None
-    monitor = Monitor(folder, options, None, name="comparison")
-    monitor.text("comparison", text)
-    monitor.close()
-    print(f"Saved in {folder / 'comparison.md'}. Next: tensorboard --logdir {folder}")
+    writer = event_writer(folder / "comparison", "comparison")
+    writer.add_text("comparison", text)
+    writer.close()
+    (folder / "comparison" / "comparison.md").write_text(text, encoding="utf-8")
+    say_next(("tensorboard --logdir", folder))
 
 
 # ----------------------------------------------------------------------------------- command line
 
-# They belong to a command, not to a run.
-NOT_SAVED = ("run", "resume", "compare", "device", "save_every", "minutes", "match_parameters", "look")
+EPOCHS = 5
+NEWEST = "the newest"  # run; what --resume alone stands for
 
 
-def to_save(options) -> dict:
-    """The options that belong to a run."""
-    return {name: value for name, value in vars(options).items() if name not in NOT_SAVED}
-
-
-class Models(argparse.Action):
-    """One model as its name; several, or "all", as a list."""
-
-    def __call__(self, parser, options, values, option=None):
-        names = list(CELLS) if "all" in values else list(dict.fromkeys(values))
-        options.model = names if len(names) > 1 else names[0]
-
-
-def command_parser() -> Parser:
+def command_parser() -> argparse.ArgumentParser:
     """All options of the command line, with their ranges and defaults."""
-    parser = Parser(prog="tp5.py", description="Train a character model with a recurrent cell written by hand.")
-    add, size = parser.add_argument, number(int, 1, 2**27)  # beyond, torch overflows
-    add("--model", nargs="+", action=Models, choices=[*CELLS, "all"], default="lstm", metavar="CELL",
-        help="rnn, gru or lstm; several, or all: train one after another, then compare")  # fmt: skip
-    add("--data", default=str(CORPUS), metavar="PATH", help="a UTF-8 text file")
-    add("--epochs", type=number(int, 1), default=5, metavar="N", help="passes over the training sentences")
-    add("--minutes", type=number(float, 0, above=True), metavar="M",
-        help="as many epochs as take about M minutes, by a short trial; instead of --epochs")  # fmt: skip
-    add("--batch-size", type=size, default=BATCH_SIZE, metavar="B", help="sentences in a process's batch")
+    about = "Train a character model with a recurrent cell written by hand."
+    parser = argparse.ArgumentParser(description=about, formatter_class=HelpFormatter, allow_abbrev=False)
+    add, folder = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    size, whole, real = number(int, 1, 8192), number(int, 0, 10**9), number(float, 0, 1e9)
+    lr, batch = (", ".join(f"{each[key]:g} for {name}" for name, each in DEFAULTS.items())
+                 for key in ("lr", "batch_size"))  # fmt: skip
+    # fmt: off
+    add("--model", nargs="+", choices=[*CELLS, "all"], metavar="CELL",
+        help=f"{', '.join(CELLS)}; several, or all: one after another, then compared (default: lstm)")
+    add("--data", type=path, metavar="PATH", help=f"a UTF-8 text file (default: data/{CORPUS.name})")
+    add("--lines", action="store_true", help="each line is an example, with or without full stops")
+    add("--epochs", type=number(int, 1, 10**6), metavar="N", help=f"passes over the text (default: {EPOCHS})")
+    add("--batch-size", type=size, metavar="B", help=f"sentences in a process's batch (default: {batch})")
     add("--embedding", type=size, default=128, metavar="E", help="size of a symbol's embedding")
-    add("--hidden", type=size, default=HIDDEN, metavar="H", help="size of the hidden state")
-    add("--match-parameters", action="store_true",
-        help="choose each hidden size: the least with as many parameters as an LSTM of --hidden")  # fmt: skip
-    add("--recurrent-scale", type=number(float, 0), default=1.0, metavar="FACTOR",
-        help="on the initial recurrent matrices; 3 makes gradients explode: try --clip 0")  # fmt: skip
-    add("--lr", type=number(float, 0, above=True), default=8e-3, metavar="RATE", help="peak learning rate")
-    add("--clip", type=number(float, 0), default=1.0, metavar="NORM", help="clip gradients to this norm; 0: off")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the split, the weights and the shuffling")
-    add("--maxlen", type=number(int, 1), metavar="N", help="leave out sentences longer than N characters")
-    add("--maxsent", type=number(int, 2), metavar="N", help="use the first N sentences only")
+    add("--hidden", type=size, default=256, metavar="H", help="size of the hidden state")
+    add("--optimizer", choices=("muon", "adamw"), default="muon",
+        help="muon moves the cell's two matrices, and adamw all else; or adamw moves everything")
+    add("--lr", type=real, metavar="RATE", help=f"peak learning rate (default: {lr})")
+    add("--clip", type=real, default=1.0, metavar="NORM", help="clip gradients to this norm; 0: off")
+    add("--recurrent-scale", type=real, default=1.0, metavar="FACTOR",
+        help="on the initial recurrent matrices; 3 makes gradients explode: try --clip 0")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the split, the weights, the shuffling")
+    add("--maxlen", type=number(int, 1, 10_000), default=2000, metavar="N", help="leave out longer sentences")
+    add("--maxsent", type=number(int, 2, 10**9), metavar="N", help="use the first N sentences only")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-    add("--precision", choices=("float32", "bf16"), default="float32",
-        help="of the recurrent products; bf16 only where the processor has it in hardware")  # fmt: skip
-    add("--threads", type=number(int, 1, 999), metavar="N",
-        help="threads of a process (default: PyTorch's, a core each)")  # fmt: skip
-    add("--scalars-every", type=number(int, 0), default=20, metavar="N", help="steps between scalars; 0: off")
-    add("--histograms-every", type=number(int, 0), default=400, metavar="N",
-        help="steps between histograms; 0: off, with all that is shown of the cells' inside")  # fmt: skip
-    add("--look", metavar="TEXT", help="show the gates on this text at the end (default: on validation sentences)")
-    add("--save-every", type=number(float, 0), default=30, metavar="SECONDS",
-        help="save within an epoch too; 0: only after each")  # fmt: skip
-    add("--run", type=Path, metavar="FOLDER", help="where the run goes (default: runs/MODEL-DATE_TIME)")
-    add("--resume", nargs="?", const="newest", metavar="RUN",
-        help="go on with a run's last.pt (alone: the newest run), with that run's options")  # fmt: skip
-    add("--compare", type=Path, metavar="FOLDER", help="compare the runs in a folder, train nothing")
+    add("--threads", type=number(int, 1, 999), metavar="N", help="threads of a process (default: PyTorch's)")
+    add("--scalars-every", type=whole, default=20, metavar="N", help="steps between scalars; 0: off")
+    add("--histograms-every", type=whole, default=50, metavar="N", help="steps between histograms; 0: off")
+    add("--save-every", type=real, default=30, metavar="SECONDS", help="and after each epoch; 0: only then")
+    folder("--run", type=path, metavar="FOLDER", help="where the run goes (default: runs/MODEL-DATE_TIME)")
+    folder("--resume", type=path, nargs="?", const=NEWEST, metavar="RUN",
+           help="go on with a run (alone: the newest); with --epochs N, train a finished one further")
+    folder("--compare", type=path, nargs="+", metavar="RUN", help="compare trained runs, or all in a folder")
+    add("--look", metavar="TEXT", help="a trained run's units on a text (of --resume RUN, else the newest)")
+    # fmt: on
     return parser
-
-
-def given() -> dict:
-    """What the command line names, by option; None where it says nothing."""
-    parser = command_parser()
-    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))  # defaults do not overwrite its None
-    return vars(parser.parse_args(namespace=blank))
-
-
-def parse_options():
-    """The command line's options; LabError for those that do not go together or that this machine cannot do."""
-    options = command_parser().parse_args()
-    if sum(bool(mode) for mode in (options.run, options.resume, options.compare)) > 1:
-        raise LabError("--run, --resume and --compare do not go together: each names a folder")
-    if options.resume and (options.minutes or options.match_parameters):
-        raise LabError("--minutes and --match-parameters are for new runs: --resume goes on with the run's own sizes")
-    named = {name for name, value in given().items() if value is not None}
-    if options.compare and (others := sorted(named - {"compare", "data", "device"})):
-        advice = "look at a run with --resume RUN --look TEXT" if others[0] == "look" else "it trains nothing"
-        raise LabError(f"--{others[0].replace('_', '-')} does not go with --compare: {advice}")
-    if {"minutes", "epochs"} <= named:
-        raise LabError("--minutes is instead of --epochs: leave one of them out")
-    if options.look is not None and (not options.look.strip() or clean(options.look)[1]):
-        raise LabError("--look: give a text, and only characters of the alphabet (ASCII)")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise LabError("--device cuda: this PyTorch sees no CUDA device; leave it out to train on the CPU")
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = Path(options.data).resolve()  # in the lab's own folder, from there: the folder may move
-    options.data = path.relative_to(HERE).as_posix() if path.is_relative_to(HERE) else str(path)
-    return options
-
-
-def new_folder(options) -> Path:
-    """Make the run's folder. One that is named may be there already; of two runs in one second, each has its own."""
-    name = options.model if isinstance(options.model, str) else "compare"
-    folder = options.run or RUNS / f"{name}-{time.strftime('%Y-%m-%d_%H%M%S')}"
-    try:
-        str(folder).encode()  # TensorBoard needs it
-        while True:
-            try:
-                folder.mkdir(parents=True, exist_ok=options.run is not None)
-                return folder
-            except FileExistsError:
-                if options.run:  # a file of that name
-                    raise
-                folder = folder.with_name(folder.name + "+")
-    except OSError as error:
-        raise LabError(f"cannot make the folder {folder}: {error.strerror}") from None
-    except UnicodeEncodeError:
-        raise LabError(f"--run {folder}: its name is not UTF-8, choose another") from None
-
-
-def take_over(options, saved: dict) -> None:
-    """Replace `options` by those of the run that is resumed; say which of the command line that overrides."""
-    asked = given()
-    for name, value in saved.items():
-        if name == "data" and asked[name]:  # the corpus may have moved: `restore` compares its content
-            continue
-        if asked[name] not in (None, value):
-            print(f"ignored: --{name.replace('_', '-')} {asked[name]}; the run has {value}")
-        setattr(options, name, value)
-
-
-@contextmanager
-def stop_on_signal():
-    """An event that the first SIGINT (Ctrl-C) or SIGTERM sets, so that a run saves and stops; a second one kills."""
-    stop, numbers = threading.Event(), (signal.SIGINT, signal.SIGTERM)
-
-    def asked(*_):
-        stop.set()
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)  # the system's: it does not wait for a step to end
-
-    before = {number: signal.signal(number, asked) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(training: Training) -> bool:
     """Run to the end or to a signal, and say what comes next; False if it was stopped."""
     options, folder = training.options, training.folder
-    print(
-        f"{options.model} with {parameters(training.model):,} parameters on {options.device}, "
-        f"{training.steps:,} steps: {folder}"
-    )
-    with stop_on_signal() as stop:
-        finished = training.run(stop)
-    if not finished:
-        print(f"Stopped and saved in {folder}. Go on with: python tp5.py --resume {folder}")
+    parameters = sum(p.numel() for p in training.model.parameters())
+    print(f"{options.model} with {parameters:,} parameters, {training.steps:,} steps, in {printable(folder)}")
+    if not training.run():
+        print("Stopped and saved.")
+        say_next(("python tp5.py --resume", folder))
         return False
-    if training.monitor.writer:  # process 0, unless events cannot be written: that was said once
-        look_inside(options, folder, training.valid)
-    chosen = "" if folder.parent == RUNS else f" --checkpoint {folder / 'best.pt'}"
-    print(f"Run saved in {folder}. Next: python generate.py --beam 5{chosen}; tensorboard --logdir {folder.parent}")
+    if not RANK:
+        look_inside(folder, training.corpus)
+    say_next(("python generate.py --beam 5 --checkpoint", folder), ("tensorboard --logdir", folder.parent))
     return True
 
 
-def parameters(model) -> int:
-    """The number of parameters."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def matched(options) -> int:
-    """The least hidden size with which the model has as many parameters as an LSTM of `options.hidden`."""
-
-    def count(cell, hidden):
-        with Outline():
-            return parameters(CharModel(cell, options.embedding, hidden))
-
-    sizes = range(1, 8 * options.hidden)
-    return sizes[bisect_left(sizes, count("lstm", options.hidden), key=lambda hidden: count(options.model, hidden))]
-
-
-def epochs_in(minutes: float, options, corpus) -> int:
-    """The epochs that take `minutes` of training, at least 1: by a trial of 50 batches, thrown away."""
-    trial, since = Training(options, Path(), *corpus), time.perf_counter()
-    for batch in islice(share(trial.train), 50):
-        trial.loss(batch.to(options.device)).backward()
-        trial.update(rate=0.0, norm=0.0, limit=math.inf)
-    (seconds,) = everywhere((time.perf_counter() - since) / WORLD)  # alike in each process
-    epoch = seconds / min(50, len(trial.train)) * len(trial.train)
-    epochs = max(1, round(60 * minutes / epoch))
-    print(f"--minutes {minutes:g}: {epochs} epochs of about {epoch:.1f} s")
-    return epochs
-
-
-def check_memory(options) -> None:
-    """LabError if a model of these sizes, its gradient and Adam's two moments find no room."""
-    with Outline():
-        size = 4 * 4 * parameters(CharModel(**configuration(options)))  # bytes
-    try:
-        torch.empty(size, dtype=torch.uint8)  # asked for, not touched
-    except RuntimeError:
-        raise LabError(f"this model needs {size / 1e9:,.0f} GB to train: choose a smaller --hidden") from None
-
-
-def begin(options) -> None:
-    """Train a new run of each model that is asked for, on the same batches; compare them if there are several."""
-    options.batch_size *= WORLD
-    models = [options.model] if isinstance(options.model, str) else options.model
-    plans = [argparse.Namespace(**vars(options) | {"model": model}) for model in models]
-    for plan in plans:
-        plan.hidden = matched(plan) if options.match_parameters else plan.hidden
-        check_memory(plan)
-    train, valid, described = load_corpus(options)
-    folder, failed = Path() if RANK else new_folder(options), []
-    for plan in plans:
-        plan.run = folder / plan.model if len(plans) > 1 else folder
-        refuse_used(plan.run)
-    for plan in plans:
+def begin(options, parser) -> None:
+    """Train a new run of each model that is asked for, on the same batches; then compare them."""
+    models = options.model or ["lstm"]
+    models = list(CELLS) if "all" in models else list(dict.fromkeys(models))
+    name, several, diverged = models[0] if len(models) == 1 else "compare", len(models) > 1, []
+    folder = Path(options.run or RUNS / f"{name}-{time.strftime('%Y-%m-%d_%H%M%S')}")
+    folders = {model: folder / model if several else folder for model in models}
+    options.epochs, defaults = options.epochs or EPOCHS, DEFAULTS[options.optimizer]
+    options.lr = defaults["lr"] if options.lr is None else options.lr
+    options.batch_size = (options.batch_size or defaults["batch_size"]) * WORLD
+    corpus = load_corpus(options)
+    for each in folders.values() if not RANK else ():
+        if (each / "last.pt").exists():
+            raise LabError(f"{each} holds a run already: go on with --resume, or choose another --run")
+        each.mkdir(parents=True, exist_ok=True)
+    for model, each in folders.items():
         try:
-            if not begin_one(plan, (train, valid, described)):
-                say_what_is_left(folder, plans[plans.index(plan) + 1 :])
+            if not train(Training(argparse.Namespace(**vars(options) | {"model": model}), each, corpus)):
                 return
-        except LabError as error:
-            if len(plans) == 1 or WORLD > 1:  # other processes would not know of it
+        except LabError as error:  # a cell that diverges is a result, too
+            if not several or WORLD > 1:  # other processes would not know of it
                 raise
-            warn(error)  # a cell that diverges is a result, too
-            failed.append(plan.model)
-    if len(plans) > 1 and not RANK:
-        compare(folder, comparable(folder), train, valid, options)
-    if failed:
-        raise LabError(f"{', '.join(failed)} did not come to an end, see above")
+            print(f"warning: {model}: {printable(error)}", file=sys.stderr)
+            diverged.append(model)
+    if several and not RANK:
+        compare(folder, comparable([folder]), corpus)
+    if diverged:
+        raise LabError(f"{', '.join(diverged)} did not come to an end, see above")
 
 
-def refuse_used(folder: Path) -> None:
-    """LabError if the folder of a new run holds one already."""
-    if not RANK and (folder / "last.pt").exists():
-        raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
+def run_options(options, parser, checkpoint: dict) -> argparse.Namespace:
+    """The options of a trained run; --data and --epochs may be given anew."""
+    merged = argparse.Namespace(**vars(options) | checkpoint["options"])
+    merged.data, merged.epochs = options.data or merged.data, options.epochs or merged.epochs
+    for name, value in checkpoint["options"].items():
+        given = getattr(options, name)
+        if name not in ("data", "epochs") and given not in (parser.get_default(name), value, [value]):
+            parser.error(f"--{name.replace('_', '-')} is for a new run: this one was trained with {value}")
+    return merged
 
 
-def say_what_is_left(folder: Path, plans: list) -> None:
-    """How to go on with a comparison that was stopped."""
-    for plan in plans:
-        print(f"Then: python tp5.py --model {plan.model} --run {plan.run}, with the same options")
-    if plans:
-        print(f"At the end: python tp5.py --compare {folder}")
-
-
-def begin_one(options, corpus) -> bool:
-    """Train a new run in `options.run`; False if it was stopped."""
-    folder = Path() if RANK else new_folder(options)
-    with locked(folder):
-        refuse_used(folder)  # again: another process may have trained it in the meantime
-        if options.minutes:
-            options.epochs = epochs_in(options.minutes, options, corpus)
-        return train(Training(options, folder, *corpus))
-
-
-def resume(options) -> None:
-    """Go on with a run; look inside again if it has finished."""
-    folder = newest_checkpoint(name="last.pt").parent if options.resume == "newest" else Path(options.resume)
-    folder = folder.parent if folder.name == "last.pt" else folder
-    last = folder / "last.pt"
-    if not last.exists():
-        raise LabError(f"cannot read {last}: there is no run to resume")
-    with locked(folder):
-        checkpoint = load_checkpoint(last)
-        take_over(options, checkpoint["options"])
-        training = Training(options, folder, *load_corpus(options))
-        training.restore(checkpoint, last)
-        if checkpoint["progress"]["epoch"] == options.epochs:
-            print(f"{folder} has finished its {options.epochs} epochs, nothing is left to resume; a new look inside:")
-            if not RANK:
-                look_inside(options, folder, training.valid)
-            return
-        print(f"going on after step {training.progress['step']:,}")
-        if checkpoint["processes"] != WORLD:
-            print(f"{WORLD} process(es) instead of {checkpoint['processes']}: the same batches, equal but for rounding")
+def resume(options, parser) -> None:
+    """Go on with a run; one that has finished is trained further if --epochs says so."""
+    file = newest_checkpoint("last.pt") if options.resume == NEWEST else Path(options.resume)
+    file = file / "last.pt" if file.is_dir() else file
+    checkpoint = load_checkpoint(file)
+    if checkpoint["optimizer"] is None:
+        raise LabError(f"{file} is for writing: it has no optimiser state to go on with")
+    with reading(file):
+        options = run_options(options, parser, checkpoint)
+        training = Training(options, file.parent, load_corpus(options))
+        training.restore(checkpoint)
+    done = training.progress
+    if done.epoch < options.epochs:
+        print(f"going on after step {done.step:,}")
         train(training)
+    else:
+        print(f"This run has finished its {done.epoch} epochs. Train it further, or look at it:")
+        further = f"python tp5.py --epochs {done.epoch + 3} --resume"
+        say_next((further, file.parent), ("tensorboard --logdir", file.parent.parent))
+
+
+def look(options, parser) -> None:
+    """Show the units of a trained run on a text."""
+    text, dropped = clean(options.look)
+    if not text.strip() or dropped or len(text) > 1000:
+        raise LabError("--look: give a text of at most 1,000 characters of the alphabet (ASCII)")
+    newest = options.resume in (None, NEWEST)
+    file = newest_checkpoint() if newest else Path(options.resume)
+    file = file / "best.pt" if file.is_dir() else file
+    checkpoint = load_checkpoint(file)
+    with reading(file):
+        look_inside(file.parent, load_corpus(run_options(options, parser, checkpoint)), text)
+    say_next(("tensorboard --logdir", file.parent.parent))
+
+
+def compare_runs(options, parser) -> None:
+    """Compare the runs that the options name."""
+    folders = [Path(folder).absolute() for folder in options.compare]
+    runs = comparable(folders)
+    checkpoint = next(iter(runs.values()))
+    corpus = load_corpus(run_options(options, parser, checkpoint))
+    if corpus.sha256 != checkpoint["sha256"]:
+        raise LabError("the runs were trained on another text: name it with --data")
+    compare(Path(os.path.commonpath(folders)), runs, corpus)
 
 
 def main() -> None:
-    options = parse_options()
-    with joined(options.device):
-        if options.compare:
-            if not RANK:
-                runs = comparable(options.compare)
-                compare(options.compare, runs, *their_corpus(options.compare, runs, options), options)
-            return
-        try:
-            resume(options) if options.resume else begin(options)
-        except BrokenPipeError:
-            raise LabError("nobody reads the output any more: go on with python tp5.py --resume RUN") from None
+    parser = command_parser()
+    options = parser.parse_args()
+    mode = "compare" if options.compare else "look" if options.look is not None else ""
+    for name, value in vars(options).items():
+        fits = name in ("data", mode) or (mode, name) == ("look", "resume")
+        if mode and not fits and value != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} does not go with --{mode}")
+    cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        raise LabError("--device cuda: this PyTorch sees no CUDA device; leave it out to train on the CPU")
+    options.device = options.device.replace("auto", "cuda" if cuda else "cpu")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    commands = {"compare": compare_runs, "look": look, "": resume if options.resume else begin}
+    with process_group(options.device):
+        commands[mode](options, parser)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    guard(main)

@@ -1,10 +1,11 @@
-"""What the lab costs, each part beside its peer, in alternation in one process.
+"""What the lab costs, each thing beside its peer, in turns in one process.
 
-    python tests/benchmark.py                       # everything
-    python tests/benchmark.py --only decode         # one point
+    python tests/benchmark.py                                 # everything, about 40 minutes
+    python tests/benchmark.py --only decode --only step       # these points
+    python tests/benchmark.py --data campaign_speeches.txt    # a second corpus, where one matters
 
-Each point prints one table: ours, the peer, their ratio, the target, met or not. Times are medians
-over alternated rounds, so that a machine that slows down slows both; only the ratios are worth quoting.
+Each point prints tables of medians. A machine that slows down slows both sides of a row, so its last
+column, how many times as fast as the peer ours is, is what is worth quoting.
 """
 
 import argparse
@@ -17,9 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import unicodedata
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -30,493 +33,373 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import tp5  # noqa: E402
 from generate import generate, generate_beam, generate_exact  # noqa: E402
-from textloader import (  # noqa: E402
-    BATCH_SIZE,
-    CORPUS,
-    EOS_IX,
-    PAD_IX,
-    SYMBOLS,
-    BucketSampler,
-    TextDataset,
-    pad_collate_fn,
-    padding_share,
-    read_text,
-)
-from tp5 import HIDDEN, CharModel, keep_freed_memory, load_model, maskedCrossEntropy  # noqa: E402
+from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, id2lettre  # noqa: E402
+from textloader import BucketSampler, TextDataset, pad_collate_fn, read_text  # noqa: E402
+from tp5 import CharModel, maskedCrossEntropy  # noqa: E402
+
+TORCH_CELLS, LIBRARIES = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}, ("ours", "torch")
+T, E, H, V = 60, 128, 256, len(id2lettre)  # T as of an average batch; E and H are the defaults
+B = tp5.DEFAULTS["muon"]["batch_size"]
 
 
-def alternate(calls: dict, rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each call, after one round that is not counted, taking turns."""
-    seconds = {name: [] for name in calls}
-    for counted in range(-1, rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if counted >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+def alternate(calls: dict, rounds: int = 15) -> dict:
+    """Median milliseconds of each call, which take turns; the first round does not count."""
+    times = {name: [] for name in calls}
+    for _, (name, call) in itertools.product(range(rounds + 1), calls.items()):
+        since = time.perf_counter()
+        call()
+        times[name].append(1000 * (time.perf_counter() - since))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
-def row(what: str, ours: float, peer: float, ratio: float, at_least: float | None = None, at_most: float | None = None):
-    """One line of a table; `ratio` is what the target speaks of."""
-    target, met = "", ""
-    if at_least is not None:
-        target, met = f"≥ {at_least:g}", "met" if ratio >= at_least else "MISSED"
-    if at_most is not None:
-        target, met = f"≤ {at_most:g}", "met" if ratio <= at_most else "MISSED"
-    return what, f"{ours:.4g}", f"{peer:.4g}", f"{ratio:.3g}", target, met
+def beside(what: str, unit: str, ours: float, peer: float) -> dict:
+    """A row of a table; `unit` is one of time, or a rate if it ends in "/s"."""
+    faster = ours / peer if unit.endswith("/s") else peer / ours
+    ours, peer = (round(n) if n >= 100 else n for n in (ours, peer))
+    return {"what": what, f"ours, {unit}": ours, f"peer, {unit}": peer, "times as fast": faster}
 
 
-def table(title: str, rows: list[tuple], units: str) -> None:
-    """Print a Markdown table of `row`s; `units` says what ours and the peer are counted in."""
-    print(f"\n### {title}\n\n| what | ours ({units}) | peer ({units}) | ratio | target | |\n|---|---|---|---|---|---|")
-    for columns in rows:
-        print("| " + " | ".join(columns) + " |")
-    sys.stdout.flush()
+def show(title: str, rows: list[dict]) -> None:
+    """Print a Markdown table."""
+    print(f"\n### {title}\n\n{tp5.table(rows)}", flush=True)
 
 
 def machine() -> str:
     """What the figures were measured on."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+    return f"{found[1] if found else platform.processor()}, {cores}, {versions}"
+
+
+def python(*command, **environment: str) -> str:
+    """What a command of Python prints."""
+    return subprocess.run([sys.executable, *map(str, command)], check=True, encoding="utf-8",
+                          stdout=subprocess.PIPE, env={**os.environ, **environment}).stdout  # fmt: skip
+
+
+def epochs_of(output: str) -> list[tuple[float, float, float]]:
+    """Of each epoch that tp5.py printed: validation loss in nats, characters/s, seconds of training."""
+    pattern = r"validation ([\d.]+) nats[\s\S]*?([\d,]+) characters/s, ([\d.]+) s of training"
+    return [tuple(float(n.replace(",", "")) for n in found) for found in re.findall(pattern, output)]
+
+
+@contextlib.contextmanager
+def default_training(*arguments: str):
+    """A default run of the LSTM before its first step, in a folder that goes away; says nothing."""
+    options = tp5.command_parser().parse_args(["--device", "cpu", *arguments])
+    options.model, options.epochs = "lstm", tp5.EPOCHS
+    vars(options).update(tp5.DEFAULTS[options.optimizer])
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        training = tp5.Training(options, Path(folder), tp5.load_corpus(options))
+        training.writer = tp5.event_writer(training.folder)
+        yield training
+        training.writer.close()
 
 
 # ------------------------------------------------------------------------------------------- step
 
-TORCH_CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
-T, E = 60, 128
 
-
-def training_step(cell: str, batch_size: int, hidden: int, *, library: str = "ours", precision=torch.float32):
-    """A training step of `CharModel` on one batch of T symbols: forward, backward, clip, optimiser."""
+def training_step(cell: str, size: int, hidden: int = H, *, library="ours", optimizer="adamw"):
+    """Two functions: a step of `CharModel` on a batch of T × size symbols, and the optimiser's part of it."""
     torch.manual_seed(0)
     model = CharModel(cell, E, hidden)
     if library == "torch":
         model.rnn = TORCH_CELLS[cell](E, hidden)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    batch = torch.randint(EOS_IX + 1, SYMBOLS, (T, batch_size))
+    parameters = [*model.parameters()]
+    optimizer = tp5.make_optimizer(model, argparse.Namespace(optimizer=optimizer, lr=1e-3))
+    batch = torch.randint(EOS_IX + 1, V, (T, size))
+    gradients = torch.autograd.grad(maskedCrossEntropy(model(batch), batch, PAD_IX), parameters)
 
-    def step():
+    def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            output = model(batch)
-        maskedCrossEntropy(output, batch, PAD_IX).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        maskedCrossEntropy(model(batch), batch, PAD_IX).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
-    return step
+    def update() -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    return step, update
 
 
-def step() -> None:
-    """Training steps with our cells against the same model with torch.nn's, float32."""
+def step(corpora: list[Path]) -> None:
+    """Training steps with our cells and with torch.nn's; what of a step the optimiser takes."""
     rows = []
-    for cell, hidden, size in itertools.product(TORCH_CELLS, (128, 256, 512), (32, 64, 128)):
-        calls = {library: training_step(cell, size, hidden, library=library) for library in ("ours", "torch")}
-        ms = {name: 1000 * seconds for name, seconds in alternate(calls, 7 if hidden == 512 else 15).items()}
-        default = (size, hidden) == (BATCH_SIZE, HIDDEN) and cell != "rnn"
-        what = f"{cell} B {size}, H {hidden}{' (default)' if default else ''}"
-        rows.append(row(what, ms["ours"], ms["torch"], ms["torch"] / ms["ours"], at_least=1.3 if default else 0.9))
-    calls = {"products": products, "torch": lstm_alone()}
-    ms = {name: 1000 * seconds for name, seconds in alternate(calls).items()}
-    what = "products of an LSTM by hand, all of torch.nn.LSTM (default; the most that the cell could gain)"
-    rows.append(row(what, ms["products"], ms["torch"], ms["torch"] / ms["products"]))
-    table(f"Training step, T {T}, E {E}, float32: ours against torch.nn", rows, "ms")
+    for cell in TORCH_CELLS:
+        for hidden, size in [(H, B), *itertools.product((128, 256, 512), (32, 64, 128))]:
+            steps = {library: training_step(cell, size, hidden, library=library)[0] for library in LIBRARIES}
+            ms = alternate(steps, 7 if hidden == 512 else 15)
+            default = " (default)" if (hidden, size) == (H, B) else ""
+            rows.append(beside(f"{cell}, B {size}, H {hidden}{default}", "ms", ms["ours"], ms["torch"]))
+    show(f"step: our cells beside torch.nn's, both with AdamW, T {T}, E {E}", rows)
+
+    shares, rows = [], []
+    for cell in TORCH_CELLS:
+        pairs = {name: training_step(cell, defaults["batch_size"], optimizer=name)
+                 for name, defaults in tp5.DEFAULTS.items()}  # fmt: skip
+        steps, updates = (alternate({name: pair[i] for name, pair in pairs.items()}) for i in (0, 1))
+        for name, ms in steps.items():
+            share = {"step, ms": ms, "optimiser, ms": updates[name], "share": updates[name] / ms}
+            shares.append({"what": f"{cell}, {name}, B {tp5.DEFAULTS[name]['batch_size']}", **share})
+        rows.append(beside(cell, "ms", updates["muon"], updates["adamw"]))
+    show(f"step: the optimiser's share, H {H}", shares)
+    show(f"step: our Muon beside torch.optim.AdamW, H {H}", rows)
 
 
-def products() -> None:
-    """The matrix products that no LSTM by hand can do without, forward and back over T symbols, and nothing else."""
-    W, h, d_a = torch.ones(4 * HIDDEN, HIDDEN), torch.ones(HIDDEN, BATCH_SIZE), torch.ones(4 * HIDDEN, BATCH_SIZE)
-    for _ in range(T):
-        W @ h
-    for _ in range(T):
-        W.t() @ d_a
-    torch.ones(4 * HIDDEN, T * BATCH_SIZE) @ torch.ones(T * BATCH_SIZE, HIDDEN)
-
-
-def lstm_alone():
-    """torch.nn.LSTM at default sizes, forward and back, without the rest of the model."""
-    rnn, x = nn.LSTM(E, HIDDEN), torch.ones(T, BATCH_SIZE, E, requires_grad=True)
-    return lambda: rnn(x)[0].sum().backward()
-
-
-def threads() -> None:
-    """A default training step with each number of threads, for the default of --threads: a core each."""
+def threads(corpora: list[Path]) -> None:
+    """A default training step by threads; the default of --threads is PyTorch's, one a core."""
     rows, cores = [], torch.get_num_threads()
-    counts = range(1, cores + 1)
 
-    def with_threads(number: int, run) -> None:
-        torch.set_num_threads(number)
-        run()
+    def with_threads(n: int, train) -> None:
+        torch.set_num_threads(n)
+        train()
 
     for cell in TORCH_CELLS:
-        run = training_step(cell, BATCH_SIZE, HIDDEN)
-        ms = {n: 1000 * s for n, s in alternate({n: partial(with_threads, n, run) for n in counts}).items()}
-        torch.set_num_threads(cores)
-        for n in counts[1:]:
-            rows.append(row(f"{cell}: {n} threads, 1 thread", ms[n], ms[1], ms[1] / ms[n], at_least=1))
-    table(f"Training step by threads, B {BATCH_SIZE}, T {T}, E {E}, H {HIDDEN}", rows, "ms")
-
-
-def bf16() -> None:
-    """Training steps with bfloat16 products against torch.nn's in float32."""
-    rows = []
-    for cell, hidden, size in itertools.product(("lstm", "gru"), (256, 512), (32, 128)):
-        calls = {
-            "ours": training_step(cell, size, hidden, precision=torch.bfloat16),
-            "torch": training_step(cell, size, hidden, library="torch"),
-        }
-        ms = {name: 1000 * seconds for name, seconds in alternate(calls, 9).items()}
-        rows.append(
-            row(f"{cell} B {size}, H {hidden}", ms["ours"], ms["torch"], ms["torch"] / ms["ours"], at_least=1.8)
-        )
-    table(f"Training step, T {T}, E {E}: ours in bfloat16 against torch.nn in float32", rows, "ms")
+        train = training_step(cell, B, optimizer="muon")[0]
+        ms = alternate({n: partial(with_threads, n, train) for n in range(1, cores + 1)})
+        rows += [beside(f"{cell}: {n} threads, one", "ms", ms[n], ms[1]) for n in range(2, cores + 1)]
+    torch.set_num_threads(cores)
+    show(f"threads: a default training step, T {T}, B {B}, E {E}, H {H}", rows)
 
 
 # ----------------------------------------------------------------------------------------- decode
 
 
 def never_ending(cell: str, library: str):
-    """`(rnn, emb, decoder, eos)` of an untrained model at default sizes that never ends a sentence."""
-    model = CharModel(cell, E, HIDDEN).eval()
+    """`(rnn, emb, decoder, eos)` of an untrained model of default size that never ends a sentence."""
+    torch.manual_seed(0)
+    model = CharModel(cell, E, H)
     if library == "torch":
-        model.rnn = TORCH_CELLS[cell](E, HIDDEN)
+        model.rnn = TORCH_CELLS[cell](E, H)
     with torch.no_grad():
         model.decoder.bias[EOS_IX] = -1e9
     return model.rnn, model.emb, model.decoder, EOS_IX
 
 
-def with_a_trained_model(folder: Path) -> list[tuple]:
-    """Exact search's rate, and the wall time of `generate.py --beam 5` against that of importing torch."""
-    options = ["--run", folder / "run", "--maxsent", 3000, "--epochs", 2]
-    subprocess.run([sys.executable, ROOT / "tp5.py", *map(str, options)], check=True, capture_output=True)
-    checkpoint = folder / "run" / "best.pt"
-    model, budget = load_model(checkpoint), 50_000
-    start = time.perf_counter()
-    generate_exact(model.rnn, model.emb, model.decoder, EOS_IX, budget=budget, min_length=20)
-    rate = budget / (time.perf_counter() - start)
-    beam = [sys.executable, ROOT / "generate.py", "--beam", "5", "--checkpoint", checkpoint]
-    commands = {"ours": beam, "torch": [sys.executable, "-c", "import torch"]}
-    seconds = alternate(
-        {n: partial(subprocess.run, c, check=True, capture_output=True) for n, c in commands.items()}, 5
-    )
-    ours, torch_alone = seconds["ours"], seconds["torch"]
-    what = "generate.py --beam 5, import torch (s); ratio without 1 s"
-    return [
-        row("exact search, its prototype (prefixes a second)", rate, 2500, rate / 2500, at_least=10),
-        row(what, ours, torch_alone, (ours - 1) / torch_alone, at_most=1.3),
-    ]
-
-
-def decode() -> None:
-    """Greedy, beam and exact search, and the command's start."""
-    characters, rows = 100, []
+def decode(corpora: list[Path]) -> None:
+    """Greedy and beams, exact search, and the start of the command."""
+    length, rows = 100, []
     for cell in TORCH_CELLS:
-        ours, theirs = never_ending(cell, "ours"), never_ending(cell, "torch")
-        calls = {
-            "ours": partial(generate, *ours, maxlen=characters),
-            "theirs": partial(generate, *theirs, maxlen=characters),
-            "one": partial(generate_beam, *ours, 1, maxlen=characters),
-            "fifty": partial(generate_beam, *ours, 50, maxlen=characters, n=1),
-        }
-        us = {name: seconds / (characters + 1) * 1e6 for name, seconds in alternate(calls).items()}
-        speed, target = us["theirs"] / us["ours"], 3 if cell == "lstm" else None
-        rows += [
-            row(f"greedy {cell}, torch.nn's (µs a character); speed", us["ours"], us["theirs"], speed, at_least=target),
-            row(f"beam of 50 {cell}, of 1 (µs a step)", us["fifty"], us["one"], us["fifty"] / us["one"], at_most=3),
-        ]
+        calls = {}
+        for library in LIBRARIES:
+            parts = never_ending(cell, library)
+            calls[library, "greedy"] = partial(generate, *parts, maxlen=length)
+            for k in (1, 5, 50):
+                calls[library, f"beam of {k}"] = partial(generate_beam, *parts, k, maxlen=length, n=1)
+        us = {name: 1000 * ms / length for name, ms in alternate(calls, 9).items()}
+        for what in ("greedy", "beam of 5", "beam of 50"):
+            rows.append(beside(f"{cell}, {what}", "µs a symbol", us["ours", what], us["torch", what]))
+        one, fifty = us["ours", "beam of 1"], us["ours", "beam of 50"]
+        rows.append(beside(f"{cell}, ours: beam of 50, of 1", "µs a symbol", fifty, one))
+    show(f"decode: our cells beside torch.nn's, E {E}, H {H}", rows)
+
     with tempfile.TemporaryDirectory() as folder:
-        rows += with_a_trained_model(Path(folder))
-    table(f"Decoding, E {E}, H {HIDDEN}", rows, "as named")
-
-
-# --------------------------------------------------------------------------- resume, processes
-
-
-def record() -> None:
-    """What recording costs a default run: scalars and histograms of its steps, and the look inside at its end."""
-    import tp5
-
-    options = tp5.command_parser().parse_args(["--device", "cpu"])
-    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(None):
-        folder = Path(name)
-        training = tp5.Training(options, folder, *tp5.load_corpus(options))
-        training.stop, training.clock = threading.Event(), time.perf_counter()
-        training.monitor = tp5.Monitor(folder, options, 0)
-        batches = list(itertools.islice(tp5.share(training.train), 20))
-
-        def steps(every: int) -> None:
-            training.monitor.histograms_every = every
-            for batch in batches:
-                training.train_step(batch)
-
-        training.monitor.scalars_every = 0
-        rounds = alternate({"off": partial(steps, 0), "histograms": partial(steps, 1)}, 3)
-        seconds = {name: of_20 / len(batches) for name, of_20 in rounds.items()}
-        training.monitor.scalars_every = 1  # timed alone: beside a step, they are lost in its noise
-        scalars = dict(steps=1, clipped=0, nats=1.0, symbols=1, seconds=1.0)
-        seconds |= alternate({"scalars": lambda: training.monitor.step(0, 1e-3, 1.0, **scalars)}, 101)
-        training.save("best.pt", final=True)
-        start = time.perf_counter()
-        tp5.look_inside(options, folder, training.valid)
-        inside = time.perf_counter() - start
-        training.monitor.close()
-    run = training.steps * seconds["off"]
-    scalars = training.steps / options.scalars_every * seconds["scalars"]
-    histograms = training.steps / options.histograms_every * (seconds["histograms"] - seconds["off"])
-    rows = [row(what, cost, run, cost / run) for what, cost in
-            (("scalars", scalars), ("histograms", histograms), ("the inside, at the end", inside))]  # fmt: skip
-    total = scalars + histograms + inside
-    rows.append(row("together", total, run, total / run, at_most=0.05))
-    table("Recording at the default intervals, of a default run's training", rows, "seconds")
-
-
-def resume() -> None:
-    """What saving within an epoch costs at the default model and interval, and what checking a file costs."""
-    import tp5
-
-    options = tp5.command_parser().parse_args(["--maxsent", "1000", "--device", "cpu"])
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        training = tp5.Training(options, Path(folder), *tp5.load_corpus(options))
-        training.stop, training.clock = threading.Event(), time.perf_counter()
-        training.monitor = tp5.Monitor(folder, options, 0)
-        training.train_step(next(iter(training.train)))  # the optimiser has its moments from here on
-        path = Path(folder) / "last.pt"
-        calls = {
-            "save": lambda: training.save("last.pt", final=True),
-            "torch.save": lambda: torch.save(training.checkpoint(), Path(folder) / "plain.pt"),
-            "load": lambda: tp5.load_checkpoint(path),
-            "torch.load": lambda: torch.load(path, weights_only=True),
-        }
-        seconds = alternate(calls)
-        size = path.stat().st_size / 1e6
-        training.monitor.close()
-    every = options.save_every
-    rows = [
-        row(
-            f"a save of {size:.1f} MB in every {every} s", seconds["save"], every, seconds["save"] / every, at_most=0.02
-        ),
-        row("save / torch.save", seconds["save"], seconds["torch.save"], seconds["save"] / seconds["torch.save"]),
-        row("load / torch.load", seconds["load"], seconds["torch.load"], seconds["load"] / seconds["torch.load"]),
-    ]
-    table("resume: checkpoints", rows, "seconds")
-
-
-def ddp() -> None:
-    """Two processes of one thread beside one process of one thread, the real commands in turns."""
-
-    def train(processes: int, batch_size: int) -> tuple[float, float]:
-        """Characters per second and validation loss."""
-        many = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--"] if processes > 1 else []
-        with tempfile.TemporaryDirectory() as folder:
-            sizes = ["--maxsent", "3000", "--epochs", "1", "--histograms-every", "0", "--batch-size", str(batch_size)]
-            command = [sys.executable, *many, str(ROOT / "tp5.py"), "--run", str(Path(folder) / "run"), *sizes]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            output = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=True).stdout
-        loss, speed = re.search(r"validation ([\d.]+) nats.* ([\d,]+) characters/s", output).groups()
-        return float(speed.replace(",", "")), float(loss)
-
-    runs = {"two": [], "one": []}
-    for _ in range(2):
-        runs["two"].append(train(2, 32))
-        runs["one"].append(train(1, 32))
-    two, one = (statistics.median(speed for speed, _ in runs[name]) for name in ("two", "one"))
-    table(
-        "ddp: two processes of one thread",
-        [row("32 sentences each", two, one, two / one, at_least=1.6)],
-        "characters/s",
-    )
-    print(f"\nValidation: {runs['two'][0][1]} nats; one process with the same batches of 64: {train(1, 64)[1]} nats")
+        python(ROOT / "tp5.py", "--run", folder, "--maxsent", 3000, "--epochs", 2)
+        model = tp5.load_model(Path(folder) / "best.pt")
+        parts, limits = (model.rnn, model.emb, model.decoder, EOS_IX), dict(budget=50_000, min_length=20)
+        exact = partial(generate_exact, *parts, **limits)
+        write = partial(python, ROOT / "generate.py", "--beam", 5, "--checkpoint", folder)
+        calls = {"exact": exact, "write": write, "import": partial(python, "-c", "import torch")}
+        ms = alternate(calls, 5)
+    show("decode: start", [beside("generate.py --beam 5, import torch", "ms", ms["write"], ms["import"])])
+    print(f"\nExact search that reads 50,000 prefixes at most: {ms['exact'] / 1000:.2f} s.")
 
 
 # ------------------------------------------------------------------------------- padding, loading
 
 
 class Published(nn.Module):
-    """The peer: what solutions of this lab look like. A linear layer for each gate, on [h, x], one-hot-free."""
+    """What solutions of this lab look like: a linear layer on [h, x] for each gate, a decoder call a step."""
 
     def __init__(self):
         super().__init__()
-        self.emb, self.decoder = nn.Embedding(SYMBOLS, E), nn.Linear(HIDDEN, SYMBOLS)
-        self.f, self.i, self.C, self.o = (nn.Linear(HIDDEN + E, HIDDEN) for _ in range(4))
+        self.emb, self.decoder = nn.Embedding(V, E), nn.Linear(H, V)
+        self.f, self.i, self.C, self.o = (nn.Linear(H + E, H) for _ in range(4))
 
     def forward(self, targets):
         inputs = torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])
-        h = C = torch.zeros(targets.shape[1], HIDDEN)
-        outputs = []
+        h = C = torch.zeros(targets.shape[1], H)
+        logits = []
         for x in self.emb(inputs):
             hx = torch.cat([h, x], 1)
             C = self.f(hx).sigmoid() * C + self.i(hx).sigmoid() * self.C(hx).tanh()
             h = self.o(hx).sigmoid() * C.tanh()
-            outputs.append(self.decoder(h))
-        return torch.stack(outputs)
+            logits.append(self.decoder(h))
+        return torch.stack(logits)
 
 
 def characters_per_second(model: nn.Module, dataset, batches: list[list[int]]) -> float:
-    """Real characters that training on these batches of indices takes in a second."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    symbols, start = 0, time.perf_counter()
+    """Real characters a second in training on these batches of indices, with AdamW."""
+    optimizer, symbols, since = torch.optim.AdamW(model.parameters(), fused=True), 0, time.perf_counter()
     for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=pad_collate_fn):
         optimizer.zero_grad()
         maskedCrossEntropy(model(batch), batch, PAD_IX).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         symbols += int((batch != PAD_IX).sum())
-    return symbols / (time.perf_counter() - start)
-
-
-def validation_nats(path: Path, bucketed: bool) -> float:
-    """The default LSTM's best validation loss after its epochs; with random batches, that takes minutes."""
-    import tp5
-
-    options = tp5.command_parser().parse_args(["--data", str(path), "--histograms-every", "0", "--device", "cpu"])
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        training = tp5.Training(options, Path(folder), *tp5.load_corpus(options))
-        if not bucketed:
-            subset = training.train.dataset
-            sampler = BucketSampler(np.ones(len(subset), dtype=np.int64), BATCH_SIZE, seed=options.seed)
-            training.train = DataLoader(subset, batch_sampler=sampler, collate_fn=pad_collate_fn)
-        training.run(threading.Event())
-    return training.progress["best"]
+    return symbols / (time.perf_counter() - since)
 
 
 def padding(corpora: list[Path]) -> None:
-    """Length-bucketed batches against random ones, and against a published solution on random ones."""
-    rows = []
+    """The LSTM on bucketed batches beside random ones, and beside a published solution on random ones."""
+    shares, rows = [], []
     for path in corpora:
         dataset = TextDataset(read_text(path))
-        bucketed = list(BucketSampler(dataset.lengths, BATCH_SIZE))
-        random = list(BucketSampler(np.ones_like(dataset.lengths), BATCH_SIZE))
-        shares = [100 * padding_share(dataset.lengths, batches) for batches in (bucketed, random)]
-        rows.append(row(f"{path.name}: padding, % of symbols (ratio: ours)", *shares, shares[0], at_most=3))
-        speeds = {"ours": [], "random": [], "published": []}
-        for part in range(15):
-            each = slice(4 * part, 4 * part + 4)
-            speeds["ours"].append(characters_per_second(CharModel("lstm", E, HIDDEN), dataset, bucketed[each]))
-            speeds["random"].append(characters_per_second(CharModel("lstm", E, HIDDEN), dataset, random[each]))
-            speeds["published"].append(characters_per_second(Published(), dataset, random[each]))
-        ours, peer, published = (statistics.median(values) for values in speeds.values())
-        rows.append(
-            row(f"{path.name}: characters/s, same model on random batches", ours, peer, ours / peer, at_least=4)
-        )
-        rows.append(
-            row(f"{path.name}: characters/s, published solution", ours, published, ours / published, at_least=6)
-        )
-        nats = [validation_nats(path, bucketed) for bucketed in (True, False)]
-        what = f"{path.name}: validation nats after a default run, random batches (ratio: ours more)"
-        rows.append(row(what, *nats, nats[0] - nats[1], at_most=0.01))
-    table(f"Padding, LSTM, B {BATCH_SIZE}, E {E}, H {HIDDEN}", rows, "as named")
+        lengths = {"bucketed": dataset.lengths, "random": np.ones_like(dataset.lengths)}
+        batches = {kind: list(BucketSampler(like, B)) for kind, like in lengths.items()}
+        real = dataset.lengths.sum() + len(dataset)  # EOS included
+        symbols = {kind: sum(len(batch) * (dataset.lengths[batch].max() + 1) for batch in found)
+                   for kind, found in batches.items()}  # fmt: skip
+        shares.append({"corpus": path.name} | {kind: float(1 - real / n) for kind, n in symbols.items()})
+        ours, published = CharModel("lstm", E, H), Published()
+        sides, speeds = [(ours, "bucketed"), (ours, "random"), (published, "random")], [[], [], []]
+        for first in range(0, min(60, len(batches["random"])), 4):
+            for found, (model, kind) in zip(speeds, sides, strict=True):
+                found.append(characters_per_second(model, dataset, batches[kind][first : first + 4]))
+        bucketed, *peers = map(statistics.median, speeds)
+        for what, peer in zip(("the same on random ones", "a published solution"), peers, strict=True):
+            rows.append(beside(f"{path.name}, {what}", "characters/s", bucketed, peer))
+    show(f"padding: share of the symbols that are BLANK, B {B}", shares)
+    show(f"padding: training the LSTM on bucketed batches, B {B}, E {E}, H {H}", rows)
 
 
-LOADING = """
-import resource, sys, time
-sys.path.insert(0, sys.argv[1])
-import tp5
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-options = tp5.command_parser().parse_args(["--data", sys.argv[2], "--device", "cpu"])
-before, start = peak(), time.perf_counter()
-dataset = tp5.TextDataset(tp5.read_text(options.data))
-loaded, size = time.perf_counter() - start, peak() - before
-del dataset
-training = tp5.Training(options, None, *tp5.load_corpus(options))
-batch = next(iter(tp5.share(training.train)))
-tp5.maskedCrossEntropy(training.model(batch), batch, tp5.PAD_IX).backward()
-print(loaded, size, time.perf_counter() - start - loaded, peak() - before)
-"""
+def handouts_loader(text: str) -> list[list[int]]:
+    """Codes of the sentences by the handout's own lines: the peer of TextDataset."""
+    text = "".join(char for char in unicodedata.normalize("NFD", text) if char in LETTRES)
+    codes = {char: code for code, char in id2lettre.items()}
+    return [[codes[char] for char in sentence.strip()] for sentence in text.split(".") if sentence.strip()]
 
 
-def load(corpora: list[Path], megabytes: int = 500) -> None:
-    """A corpus of 500 MB made by repetition: seconds and bytes to load it, seconds to the first step."""
+def seconds_and_bytes(loader, path: Path) -> tuple[float, float]:
+    """Seconds and peak bytes a character of loading a text, in a process of its own (Linux only)."""
+
+    def peak() -> int:  # ru_maxrss would count the parent's memory
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    before, since = peak(), time.perf_counter()
+    text = read_text(path)
+    loader(text)
+    return time.perf_counter() - since, (peak() - before) / len(text)
+
+
+def load(corpora: list[Path], megabytes: int = 40) -> None:
+    """A large corpus, made by repetition: time and memory to load it, beside the handout's loader."""
     rows = []
     for path in corpora:
-        content = path.read_bytes()
+        found = {TextDataset: [], handouts_loader: []}
         with tempfile.TemporaryDirectory() as folder:
             big = Path(folder) / "big.txt"
-            with big.open("wb") as file:
-                for _ in range(megabytes * 10**6 // len(content)):
-                    file.write(content)
-            characters = sum(map(len, read_text(big)))
-            command = [sys.executable, "-c", LOADING, str(ROOT), str(big)]
-            output = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
-            seconds, size, first, trained = map(float, output.split()[-4:])
-        rows += [
-            row(f"{path.name} repeated: MB/s", megabytes / seconds, 40, megabytes / seconds, at_least=40),
-            row("peak bytes a character, loading", size / characters, 2, size / characters, at_most=2),
-            row("peak bytes a character, at the first step", trained / characters, 2, trained / characters, at_most=2),
-            row("seconds to the first step", first, 60, first, at_most=60),
-        ]
-    table(f"Loading {megabytes} MB (peer and ratio: the target, ours)", rows, "as named")
+            big.write_text(read_text(path) * (megabytes * 10**6 // path.stat().st_size), encoding="utf-8")
+            for _, loader in itertools.product(range(3), found):
+                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                    found[loader].append(pool.submit(seconds_and_bytes, loader, big).result())
+        ours, peer = ([statistics.median(n) for n in zip(*runs, strict=True)] for runs in found.values())
+        memory = {"ours, bytes a character": ours[1], "peer, bytes a character": peer[1]}
+        rows.append({**beside(path.name, "s", ours[0], peer[0]), **memory})
+    show(f"load: {megabytes} MB, beside the handout's loader", rows)
 
 
-def stopped_after(seconds: float, path: Path) -> tuple[float, float]:
-    """A default LSTM stopped that long after it was started: seconds of training and validation loss in nats."""
-    import tp5
-
-    options = tp5.command_parser().parse_args(["--data", str(path), "--device", "cpu"])
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        training, stop = tp5.Training(options, Path(folder), *tp5.load_corpus(options)), threading.Event()
-        threading.Timer(seconds, stop.set).start()
-        training.run(stop)
-    done = training.progress
-    return done["trained"] + done["seconds"], tp5.evaluate(training.model.eval(), training.valid, options.device)
+# ------------------------------------------------------------------------------- quality, recording
 
 
 def quality(corpora: list[Path]) -> None:
-    """The default LSTM after 15 s of training and after its last epoch; the peer is nanoGPT on the same text.
-
-    Its CPU configuration on the campaign speeches: 1.50 nats after 102 s of training. Other texts have no target.
-    """
+    """Validation nats against seconds of training, after each epoch of the default command, by optimiser."""
     rows = []
-    for path in corpora:
-        early, late, within = (None, None, None) if path == CORPUS else (1.5, 1.15, 100)
-        seconds, nats = stopped_after(15.0, path)
-        rows.append(
-            row(f"{path.name}: validation nats after {seconds:.1f} s of training", nats, 1.5, nats, at_most=early)
-        )
+    for path, optimizer in itertools.product(corpora, tp5.DEFAULTS):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, ROOT / "tp5.py", "--data", path, "--run", Path(folder) / "run"]
-            output = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
-        print(output.splitlines()[0])
-        epochs = re.findall(r"epoch (\d+)/.*validation ([\d.]+) nats.* ([\d.]+) s of training", output)
-        number, nats, seconds = epochs[-1]
-        name = f"{path.name}, epoch {number}"
-        rows.append(row(f"{name}: validation nats", float(nats), 1.5, float(nats), at_most=late))
-        rows.append(row(f"{name}: seconds of training", float(seconds), 102, float(seconds), at_most=within))
-    table("Quality of the default LSTM (ratio: ours)", rows, "as named")
+            output = python(ROOT / "tp5.py", "--data", path, "--run", folder, "--optimizer", optimizer)
+        for epoch, (nats, _, seconds) in enumerate(epochs_of(output), start=1):
+            rows.append((f"{path.name}, {optimizer}, epoch {epoch}", f"{seconds:.1f}", f"{nats:.3f}"))
+    if any("campaign" in path.name for path in corpora):
+        rows.append(("campaign speeches, nanoGPT's CPU configuration, published", "102", "1.50"))
+    columns = "what", "seconds of training", "validation nats"
+    show("quality: the default LSTM", [dict(zip(columns, row, strict=True)) for row in rows])
 
 
-ON_CORPORA = {"padding": padding, "load": load, "quality": quality}
-POINTS = {
-    "step": step,
-    "threads": threads,
-    "bf16": bf16,
-    "decode": decode,
-    "record": record,
-    "resume": resume,
-    "ddp": ddp,
-}
+def record(corpora: list[Path]) -> None:
+    """What a default run pays for its scalars and histograms, and for the look inside at its end."""
+    with default_training() as training:
+        options, steps = training.options, training.steps
+        scalars, histograms = (steps / every for every in (options.scalars_every, options.histograms_every))
+        batches = list(itertools.islice(tp5.batches(training.corpus.train, options, epoch=0), 20))
+
+        def train(histograms_every: int) -> None:  # every one is step 0, which has histograms
+            options.histograms_every = histograms_every
+            for batch in batches:
+                training.train_step(batch)
+
+        def write_scalars(scalars_every: int) -> None:
+            options.scalars_every = scalars_every
+            training.record_step(1.0, 1, 1.0, 1.0)
+
+        off, on = (ms / len(batches) for ms in alternate({n: partial(train, n) for n in (0, 1)}, 3).values())
+        without, with_scalars = alternate({n: partial(write_scalars, n) for n in (0, 1)}, 101).values()
+        training.save("best.pt")
+        look = alternate({"look": partial(tp5.look_inside, training.folder, training.corpus)}, 1)["look"]
+    costs = {"scalars": scalars * (with_scalars - without), "histograms": histograms * (on - off)}
+    costs["look inside"] = look
+    costs["together"] = sum(costs.values())
+    rows = [{"what": what, "s": ms / 1000, "share": ms / (steps * off)} for what, ms in costs.items()]
+    show(f"record: beside a default run of the LSTM, {steps * off / 1000:.0f} s without", rows)
+
+
+def resume(corpora: list[Path]) -> None:
+    """What a save of the default model costs, flushed to disk, and a checked load."""
+    with default_training("--maxsent", "1000") as training:
+        training.train_step(next(iter(tp5.batches(training.corpus.train, training.options, epoch=0))))
+        last, plain = training.folder / "last.pt", training.folder / "plain.pt"
+        training.save("last.pt")
+        checkpoint = torch.load(last, weights_only=True)
+        ms = alternate({
+            "save": partial(training.save, "last.pt"),
+            "torch.save": partial(torch.save, checkpoint, plain),
+            "load": partial(tp5.load_checkpoint, last),
+            "torch.load": partial(torch.load, last, weights_only=True),
+        })  # fmt: skip
+        size, every = last.stat().st_size / 1e6, training.options.save_every
+    rows = [beside(f"{what}, torch.{what}", "ms", ms[what], ms[f"torch.{what}"]) for what in ("save", "load")]
+    show(f"resume: a checkpoint of {size:.1f} MB", rows)
+    print(f"\nA save in every {every:g} s of training takes {ms['save'] / 1000 / every:.2%} of the time.")
+
+
+def ddp(corpora: list[Path]) -> None:
+    """Two processes of one thread beside one process of one thread, the real command."""
+
+    def train(processes: int, size: int = B) -> tuple[float, float, float]:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--"] * (processes > 1)
+        with tempfile.TemporaryDirectory() as folder:
+            short = ["--maxsent", 3000, "--epochs", 1, "--histograms-every", 0, "--batch-size", size]
+            output = python(*torchrun, ROOT / "tp5.py", "--run", folder, *short, OMP_NUM_THREADS="1")
+        return epochs_of(output)[-1]
+
+    found = {2: [], 1: []}
+    for _, processes in itertools.product(range(2), found):
+        found[processes].append(train(processes))
+    two, one = (statistics.median(speed for _, speed, _ in runs) for runs in found.values())
+    show("ddp: two processes of one thread", [beside(f"{B} sentences each, one", "characters/s", two, one)])
+    alone = train(1, 2 * B)[0]
+    print(f"\nValidation: {found[2][0][0]} nats; one process with the same batches of {2 * B}: {alone} nats.")
+
+
+POINTS = {point.__name__: point for point in
+          (step, threads, decode, padding, load, record, resume, ddp, quality)}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", choices=[*POINTS, *ON_CORPORA], action="append", help="measure this point (may be repeated)"
-    )
-    parser.add_argument("--data", type=Path, action="append", default=[CORPUS], metavar="PATH",
-                        help="a corpus more for padding, load and quality")  # fmt: skip
+    add = parser.add_argument
+    add("--only", choices=POINTS, action="append", metavar="NAME", help=f"{', '.join(POINTS)}; repeatable")
+    add("--data", type=Path, action="append", default=[], metavar="PATH", help="a second corpus")
     options = parser.parse_args()
-    keep_freed_memory()
-    print(machine())
-    for name in options.only or [*POINTS, *ON_CORPORA]:
-        if name in POINTS:
-            POINTS[name]()
-        else:
-            ON_CORPORA[name](options.data)
+    print(machine(), flush=True)
+    for name in options.only or POINTS:
+        POINTS[name]([CORPUS, *options.data])
 
 
 if __name__ == "__main__":

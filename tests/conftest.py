@@ -1,9 +1,14 @@
 """What the tests share: the project on the import path, toy models, and the real command line."""
 
+import io
 import os
+import random
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,16 +17,19 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import generate  # noqa: E402
+import textloader  # noqa: E402
+import tp5  # noqa: E402
 from tp5 import CELLS  # noqa: E402
 
 torch.set_num_threads(1)  # the fastest for models this small, on a machine that others use too
+os.environ["COLUMNS"] = "80"
 TORCH_CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
-SMALL = ("--maxsent", "400", "--hidden", "24", "--embedding", "8", "--epochs", "2")
 
 
 def start(script: str, *arguments, **options) -> subprocess.Popen:
     """Start one of the three scripts as a user would."""
-    # The scripts choose UTF-8 themselves; one thread is the fastest for models this small.
+    # The scripts choose UTF-8 themselves.
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
@@ -35,7 +43,7 @@ def start(script: str, *arguments, **options) -> subprocess.Popen:
 
 def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
     """Wait for a process that was started; what it printed, and its exit code."""
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
@@ -44,21 +52,56 @@ def command(script: str, *arguments, **options) -> subprocess.CompletedProcess:
     return ended(start(script, *arguments, **options))
 
 
-def refused(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Assert that a command ended with exit code 2 and one line that has these words."""
-    assert result.returncode == 2, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
+def here(script: str, *arguments) -> subprocess.CompletedProcess:
+    """`command` without the seconds that a new process takes: the script's main and guard in this one."""
+    main = {"tp5.py": tp5, "generate.py": generate, "textloader.py": textloader}[script].main
+    output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments, code = [script, *map(str, arguments)], 0
+    with patch.object(sys, "argv", arguments), redirect_stdout(output), redirect_stderr(errors):
+        try:
+            textloader.guard(main)
+        except SystemExit as end:  # as the interpreter ends: a text goes to standard error
+            code = end.code
+            if isinstance(code, str):
+                print(code, file=errors)
+                code = 1
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    printed = (stream.buffer.getvalue().decode() for stream in (output, errors) if not stream.flush())
+    return subprocess.CompletedProcess(arguments, code, *printed)
+
+
+def refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
+    """Assert that a command ended in one line with these words; code 2 is argparse's usage and error."""
+    assert result.returncode == code, result.stderr
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("usage: ") if code == 2 else len(lines) == 1, result.stderr
+    assert all(word in lines[-1] for word in words) and lines[-1].isprintable(), result.stderr
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Path:
-    """A folder with one short run of each cell, trained by the real command line."""
+def small(tmp_path_factory) -> tuple[str, ...]:
+    """Options of a small model on a text of 1,000 sentences that it soon learns to end."""
+    dice, file = random.Random(0), tmp_path_factory.mktemp("corpus") / "small.txt"
+    parts = (
+        ("We", "They"),
+        ("saw", "met"),
+        ("2", "37"),
+        ("men", "dogs"),
+        ("", ' who said "no" to us', " (so far as I know)"),
+    )
+    file.write_text("\n".join(" ".join(map(dice.choice, parts)) + "." for _ in range(1000)), encoding="utf-8")
+    return "--data", str(file), "--hidden", "24", "--embedding", "8", "--epochs", "2", "--batch-size", "32"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, small) -> Path:
+    """A folder with one short run of each cell and their comparison, trained by the real command line."""
     folder = tmp_path_factory.mktemp("runs é")
-    for model in CELLS:
-        result = command("tp5.py", "--model", model, "--run", folder / model, *SMALL)
-        assert result.returncode == 0, result.stderr
-        (folder / f"{model}.txt").write_text(result.stdout, encoding="utf-8")
+    result = command("tp5.py", "--model", "all", "--run", folder, *small)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    (folder / "output.txt").write_text(result.stdout, encoding="utf-8")
     return folder
 
 
@@ -69,4 +112,5 @@ def toy(cell: str, library: str, symbols: int = 5, seed: int = 0):
     rnn, emb, decoder = kind(3, 4), nn.Embedding(symbols, 3), nn.Linear(4, symbols)
     with torch.no_grad():
         decoder.weight *= 4  # far from uniform
+        decoder.bias[0] += 5  # BLANK, which nobody may write
     return rnn.double(), emb.double(), decoder.double()

@@ -1,217 +1,267 @@
-"""The three scripts as a user runs them."""
+"""tp5.py as a user runs it: what it says, what it refuses, and in which words."""
 
 import math
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import CELLS, ROOT, SMALL, command, refused, start
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import CELLS, ROOT, command, here, refused
 
 import tp5
-from textloader import PAD_IX, LabError, TextDataset, pad_collate_fn, read_text
+from textloader import TextDataset, pad_collate_fn, read_text
 from tp5 import load_checkpoint, load_model
 
-GATES = {"rnn": ["h"], "gru": ["z", "r", "candidate", "h"], "lstm": ["f", "i", "candidate", "o", "C", "h"]}
+TINY = ("--hidden", "2", "--embedding", "2", "--epochs", "1", "--batch-size", "32")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files and pipes")
 
 
-@pytest.mark.parametrize("model", CELLS)
-def test_training_says_what_it_did(runs, model):
-    output = (runs / f"{model}.txt").read_text(encoding="utf-8")
-    assert "400 sentences, 360 to train on and 40 to validate" in output
-    assert "sentences beyond maxsent" in output
+def valid_split(small):
+    """The validation sentences of the small text, drawn as the README says."""
+    dataset = TextDataset(read_text(small[1]))
+    return torch.utils.data.random_split(dataset, [900, 100], torch.Generator().manual_seed(0))[1]
+
+
+def test_training_says_what_it_did(runs):
+    output = (runs / "output.txt").read_text(encoding="utf-8")
+    assert "1,000 sentences, 900 to train on, 100 to validate" in output and "left out: nothing" in output
     losses = [float(x) for x in re.findall(r"validation ([\d.]+) nats", output)]
-    assert len(losses) == 2 and losses[1] < losses[0] < math.log(97)
-    bits = [float(x) for x in re.findall(r"= ([\d.]+) bits", output)]
+    first, last = np.reshape(losses, (3, 2)).T
+    assert (last < first).all() and (first < math.log(97)).all()
+    bits = [float(x) for x in re.findall(r"([\d.]+) bits", output)]
     assert bits == pytest.approx([x / math.log(2) for x in losses], abs=1.3e-3)
-    assert all(output.count(f"  {decoder} ") == 2 for decoder in ("greedy", "sampled", "beam"))
-    assert f"Run saved in {runs / model}" in output and "generate.py --beam 5" in output
+    assert all(output.count(f"\n  {name:12s}  ") == 6 for name in ("greedy", "sampled", "nucleus", "beam"))
+    assert "worse than a guess" not in output and "skipped" not in output
+    short = [line for line in output.splitlines() if str(runs.parent) not in line]  # paths stay whole
+    assert max(map(len, short)) <= 80
+    assert f"\n    python generate.py --beam 5 --checkpoint '{runs / 'lstm'}'\n" in output  # to be pasted
 
 
-@pytest.mark.parametrize("model", CELLS)
-def test_validation_loss_is_that_of_torch(runs, model):
+@pytest.mark.parametrize("cell", CELLS)
+def test_validation_loss_is_that_of_torch(runs, small, cell):
     """Recomputed from the checkpoint, one sentence at a time, with torch's own loss."""
-    checkpoint = load_checkpoint(runs / model / "best.pt")
-    dataset = TextDataset(read_text(ROOT / checkpoint["options"]["data"]), maxsent=400)
-    split = torch.Generator().manual_seed(checkpoint["options"]["seed"])
-    _, valid = torch.utils.data.random_split(dataset, [360, 40], split)
-    loaded, nats, symbols = load_model(runs / model / "best.pt"), 0.0, 0
-    for sentence in valid:
+    model, nats, symbols = load_model(runs / cell / "best.pt"), 0.0, 0
+    for sentence in valid_split(small):
         target = pad_collate_fn([sentence])
-        loss = torch.nn.functional.cross_entropy(loaded(target).flatten(0, 1), target.flatten(), reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            model(target).flatten(0, 1), target.flatten(), reduction="sum"
+        )
         nats, symbols = nats + loss.item(), symbols + len(target)
-    assert nats / symbols == pytest.approx(checkpoint["progress"]["best"], rel=1e-5)
+    best = load_checkpoint(runs / cell / "best.pt")["progress"]["best"]
+    assert nats / symbols == pytest.approx(best, rel=1e-5)
 
 
-@pytest.mark.parametrize("model", CELLS)
-def test_tensorboard_reads_every_tag(runs, model):
-    events = EventAccumulator(str(runs / model), size_guidance={"histograms": 0, "scalars": 0}).Reload()
-    tags = events.Tags()
-    inside = ("gradient_flow/", "recurrence/", "summary/")  # see test_monitoring.py
-    assert {tag for tag in tags["scalars"] if not tag.startswith(inside)} == {
-        "loss/train",
-        "loss/validation",
-        "loss/validation_bits_per_character",
-        "gradient/norm_before_clipping",
-        "gradient/clipped_share",
-        "training/learning_rate",
-        "training/characters_per_second",
-    }
-    parameters = [name for name, _ in load_model(runs / model / "best.pt").named_parameters()]
-    expected = {f"{kind}/{name}" for kind in ("parameters", "gradients") for name in parameters}
-    assert set(tags["histograms"]) == expected | {f"gates/{model}/{gate}" for gate in GATES[model]}
-    assert {f"samples/{d}/text_summary" for d in ("greedy", "sampled", "beam")} <= set(tags["tensors"])
-    steps = [event.step for event in events.Scalars("loss/train")]
-    assert steps == sorted(set(steps)) and len(steps) >= 2
-    if model == "lstm":
-        gate = events.Histograms("gates/lstm/f")[0].histogram_value
-        assert 0 <= gate.min <= gate.max <= 1
-        # BLANK positions are left out: the values are whole hidden vectors of the real symbols
-        assert gate.num % 24 == 0
-
-
-def test_recorded_gates_leave_blank_out(tmp_path):
-    from tp5 import CharModel, Monitor, watch
-
-    class Options:
-        scalars_every = histograms_every = 1
-
-    model = CharModel("lstm", 4, 8)
-    batch = pad_collate_fn([torch.tensor([5, 6, 7]), torch.tensor([5])])  # 4 + 2 real symbols
-    monitor = Monitor(tmp_path, Options, 0)
-    with watch(model.rnn) as states:
-        model(batch).sum().backward()
-    monitor.histograms(model, states, batch != PAD_IX, 0)
-    monitor.writer.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert events.Histograms("gates/lstm/C")[0].histogram_value.num == 6 * 8
-
-
-def test_turned_off_nothing_is_recorded(tmp_path):
-    off = ("--scalars-every", 0, "--histograms-every", 0)
-    assert command("tp5.py", "--run", tmp_path, *SMALL, *off).returncode == 0
-    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
-    assert tags["histograms"] == [] and "loss/train" not in tags["scalars"]
-
-
-def test_same_seed_same_run(runs, tmp_path):
-    assert command("tp5.py", "--model", "gru", "--run", tmp_path / "again", *SMALL).returncode == 0
-    first, again = (load_checkpoint(folder / "last.pt") for folder in (runs / "gru", tmp_path / "again"))
-    assert all(torch.equal(first["weights"][name], again["weights"][name]) for name in first["weights"])
-
-
-def test_resuming_a_finished_run(runs):
-    """It says so, and what of the command line it ignores; nothing is written."""
-    before = (runs / "lstm" / "last.pt").read_bytes()
-    result = command("tp5.py", "--resume", runs / "lstm" / "last.pt", "--lr", "0.5", "--epochs", "9", "--hidden", "24")
-    assert result.returncode == 0, result.stderr
-    assert "ignored: --lr 0.5; the run has 0.008" in result.stdout
-    assert "ignored: --epochs 9; the run has 2" in result.stdout and "--hidden" not in result.stdout
-    assert "has finished its 2 epochs" in result.stdout
-    assert (runs / "lstm" / "last.pt").read_bytes() == before
-
-
-def test_resuming_with_another_corpus(runs, tmp_path):
-    checkpoint = load_checkpoint(runs / "lstm" / "last.pt")
-    checkpoint["progress"].update(epoch=1)
-    (tmp_path / "run").mkdir()
-    torch.save(checkpoint, tmp_path / "run" / "last.pt")
-    (tmp_path / "other.txt").write_text("Yes. We. Can. " * 20, encoding="utf-8")
-    result = command("tp5.py", "--resume", tmp_path / "run", "--data", tmp_path / "other.txt")
-    refused(result, "other.txt", "not the corpus")
+def test_same_seed_same_run(runs, small, tmp_path):
+    """A run alone is bit for bit that among a comparison's, in another process."""
+    assert here("tp5.py", "--model", "gru", "--run", tmp_path, *small).returncode == 0
+    first, again = (load_checkpoint(folder / "last.pt")["weights"] for folder in (runs / "gru", tmp_path))
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "words"),
+    ("options", "words"),
     [
-        ("tp5.py", ["--epochs", "0"], ["--epochs", "at least 1"]),
-        ("tp5.py", ["--lr", "0"], ["--lr", "above 0"]),
-        ("tp5.py", ["--lr", "nan"], ["--lr"]),
-        ("tp5.py", ["--hidden", "x"], ["--hidden", "not a number"]),
-        ("tp5.py", ["--hidden", "99999999"], ["GB", "--hidden"]),
-        ("tp5.py", ["--hidden", "100000000000"], ["--hidden", "at most"]),
-        ("tp5.py", ["--batch-size", 23 * "9"], ["--batch-size", "at most"]),
-        ("tp5.py", ["--threads", "2147483647"], ["--threads", "at most"]),
-        ("tp5.py", ["--model", "transformer"], ["--model", "lstm"]),
-        ("tp5.py", ["--data", "missing.txt"], ["cannot read"]),
-        ("tp5.py", ["--data", "."], ["cannot read"]),
-        ("tp5.py", ["--resume", "nowhere"], ["cannot read"]),
-        ("tp5.py", ["--resume", "there", "--run", "here"], ["--run", "--resume"]),
+        (["--epochs", 0], ["--epochs", "from 1 to"]),
+        (["--lr", -1], ["--lr", "from "]),
+        (["--lr", "nan"], ["--lr"]),
+        (["--hidden", "x"], ["--hidden", "'x'"]),
+        (["--hidden", 10**6], ["--hidden", "from 1 to"]),
+        (["--batch-size", 23 * "9"], ["--batch-size"]),
+        (["--maxlen", 10**6], ["--maxlen", "10,000"]),
+        (["--threads", 2**31 - 1], ["--threads"]),
+        (["--model", "rnn", "cnn"], ["--model", "lstm"]),
+        (["--run="], ["--run", "empty"]),
+        (["--resume="], ["--resume", "empty"]),
+        (["--data="], ["--data", "empty"]),
+        (["--resume", "there", "--run", "here"], ["--run", "--resume"]),
+        (["--compare", "runs", "--run", "x"], ["--run", "--compare"]),
+        (["--compare", "runs", "--look", "x"], ["--compare"]),
+        (["--look", "x", "--lr", 1], ["--lr", "--look"]),
     ],
 )
-def test_bad_options(tmp_path, script, arguments, words):
-    refused(command(script, *arguments, cwd=tmp_path), *words)
+def test_bad_options(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    found = here("tp5.py", *options)
+    refused(found, code=2)
+    assert all(word in found.stderr.splitlines()[-1].replace("10000", "10,000") for word in words), (
+        found.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_no_cuda(tmp_path):
-    refused(command("tp5.py", "--device", "cuda", "--run", tmp_path / "run"), "CUDA")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "missing.txt"], ["cannot read missing.txt"]),
+        (["--data", "."], ["cannot read ."]),
+        (["--resume", "nowhere"], ["cannot read nowhere"]),
+        (["--compare", "."], ["no run in "]),
+        (["--look", " "], ["--look", "text"]),
+        (["--look", "→"], ["--look", "ASCII"]),
+        (["--look", "a" * 100_000], ["--look", "1,000"]),
+        pytest.param(
+            ["--device", "cuda"], ["CUDA"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")
+        ),
+    ],
+)
+def test_refused_in_one_line(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    refused(here("tp5.py", *options), *words)
+    assert not any(tmp_path.glob("**/*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", ["empty"]),
+        (b" \n\t ", ["empty"]),
+        (b"Yes\0. We. Can. ", ["not a text file"]),
+        (b"\x89PNG\r\n\x1a\n", ["not UTF-8"]),
+        ("Liberté. Égalité.".encode("latin-1"), ["not UTF-8"]),
+        (b"no sentence at all\nthat ends\n", ["0 sentence", "--lines"]),
+        (b"Only one.", ["1 sentence", "--lines"]),
+        ("Это мой дом".encode(), ["0 sentence", "outside the alphabet"]),
+    ],
+)
+def test_corpora_that_cannot_be_learned(tmp_path, data, words):
+    (tmp_path / "odd.txt").write_bytes(data)
+    refused(here("tp5.py", "--data", tmp_path / "odd.txt", "--run", tmp_path / "run"), "odd.txt", *words)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("text", ["no sentence at all", "Only one."])
-def test_corpus_too_small(tmp_path, text):
-    (tmp_path / "small.txt").write_text(text, encoding="utf-8")
-    refused(command("tp5.py", "--data", tmp_path / "small.txt", "--run", tmp_path / "run"), "sentence")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("model", CELLS)
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("text", ["A. B!", ". . . . . . . . . . . ."], ids=["two sentences", "one symbol"])
-def test_smallest_corpora_train(tmp_path, trained, model, text):
+def test_smallest_corpora_train(tmp_path, cell, text):
     (tmp_path / "small.txt").write_text(text, encoding="utf-8")
-    sizes = ("--hidden", 1, "--embedding", 1, "--batch-size", 1, "--epochs", 1, "--clip", 0)
-    output = trained("--model", model, "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *sizes)
-    assert "1 to validate" in output and load_model(tmp_path / "run" / "best.pt")
+    options = ("--hidden", 1, "--embedding", 1, "--batch-size", 1, "--epochs", 1, "--clip", 0)
+    found = here(
+        "tp5.py", "--model", cell, "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *options
+    )
+    assert (
+        found.returncode == 0 and "1 to validate" in found.stdout and load_model(tmp_path / "run" / "best.pt")
+    )
+    assert re.fullmatch("warning: .*[0-9]+ sentences.*\n", found.stderr)
 
 
-def test_run_folder_is_not_overwritten(runs):
+def test_a_text_that_loses_much_is_warned_of(tmp_path):
+    (tmp_path / "text.txt").write_text("Это мой дом. " + "It is so. " * 1000, encoding="utf-8")
+    assert here("tp5.py", "--data", tmp_path / "text.txt", "--run", tmp_path / "a", *TINY).stderr == ""
+    (tmp_path / "text.txt").write_text("Дом. It is. " * 1000, encoding="utf-8")
+    found = here("tp5.py", "--data", tmp_path / "text.txt", "--run", tmp_path / "b", *TINY)
+    assert found.returncode == 0 and re.fullmatch(
+        "warning: .*2,000 sentences.*25% of .*alphabet\n", found.stderr
+    )
+
+
+@posix
+def test_lines_through_a_pipe(tmp_path):
+    """Names without full stops, one a line, that can be read only once, as with --data <(cat names)."""
+    reader, writer = os.pipe()
+    os.write(writer, b"Ann\nBob Lee\n\nCid\n" * 400)
+    os.close(writer)
+    found = here("tp5.py", "--data", f"/dev/fd/{reader}", "--lines", "--run", tmp_path / "run", *TINY)
+    os.close(reader)
+    assert found.returncode == 0 and found.stderr == "" and "1,200 sentences" in found.stdout
+
+
+def test_a_finished_run_goes_on_with_a_renamed_corpus(small, tmp_path):
+    run, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text(read_text(small[1]), encoding="utf-8")
+    assert here("tp5.py", "--data", text, "--run", run, *TINY).returncode == 0
+    before = (run / "last.pt").read_bytes()
+    found = here("tp5.py", "--resume", run, "--hidden", 2)  # as it has
+    assert (
+        found.returncode == 0
+        and "finished" in found.stdout
+        and re.search(f"Next: .* --epochs . .*{run}\n", found.stdout)
+    )
+    refused(here("tp5.py", "--resume", run, "--lr", 0.5), "--lr", "trained with", code=2)
+    text.rename(tmp_path / "renamed.txt")
+    refused(here("tp5.py", "--resume", run, "--epochs", 2), "cannot read", "text.txt")
+    (tmp_path / "other.txt").write_text("Yes. We. Can. " * 20, encoding="utf-8")
+    found = here("tp5.py", "--resume", run, "--epochs", 2, "--data", tmp_path / "other.txt")
+    assert found.returncode == 1 and "--data" in found.stderr.splitlines()[-1]
+    assert (run / "last.pt").read_bytes() == before
+    found = here("tp5.py", "--resume", run / "last.pt", "--epochs", 2, "--data", tmp_path / "renamed.txt")
+    assert found.returncode == 0 and "epoch 2/2" in found.stdout and "epoch 1/" not in found.stdout
+    assert load_checkpoint(run / "last.pt")["progress"]["step"] == 58
+
+
+def test_run_folders_are_not_overwritten(runs, small):
     before = (runs / "rnn" / "last.pt").read_bytes()
-    refused(command("tp5.py", "--run", runs / "rnn", *SMALL), "--resume")
+    refused(here("tp5.py", "--run", runs / "rnn", *small), "--resume")
+    refused(here("tp5.py", "--model", "gru", "rnn", "--run", runs, *small), "--resume")  # before any training
     assert (runs / "rnn" / "last.pt").read_bytes() == before
 
 
-def test_diverging_run_stops_with_advice(tmp_path):
-    result = command("tp5.py", "--run", tmp_path / "run", *SMALL, "--lr", "1e38", "--clip", "0")
-    refused(result, "not finite", "--lr")
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 0
+@posix
+@pytest.mark.parametrize("option", ["--run", "--resume", "--data", "--compare", "--checkpoint"])
+def test_paths_that_the_system_refuses(tmp_path, option):
+    (tmp_path / "file").write_text("It is. So be it.", encoding="utf-8")
+    (tmp_path / "loop").symlink_to("loop")
+    script = "generate.py" if option == "--checkpoint" else "tp5.py"
+    for name in (
+        "file/there",
+        "loop/there",
+        "x" * 300,
+        "\x1b[31m\n" * 60,
+        os.fsdecode(b"\xe9/" + b"x" * 300),
+    ):
+        refused(here(script, option, tmp_path / name))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
-def test_names_that_are_not_utf8(tmp_path, trained):
-    corpus = os.fsencode(tmp_path) + b"/caf\xe9.txt"
-    Path(os.fsdecode(corpus)).write_text("Yes. We. Can. " * 20, encoding="utf-8")
-    small = (*SMALL[2:6], "--epochs", 1)
-    trained("--data", os.fsdecode(corpus), "--run", tmp_path / "run", *small)
-    assert load_checkpoint(tmp_path / "run" / "best.pt")["corpus"]["name"] == "caf .txt"
-    with pytest.raises(LabError, match="not UTF-8"):
-        trained("--data", os.fsdecode(corpus), "--run", os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"), *small)
+@posix
+def test_names_do_not_reach_the_terminal_raw(tmp_path):
+    """An escape sequence, a line break, and bytes that are not UTF-8."""
+    folder = tmp_path / "\x1b[31m\n"
+    folder.mkdir()
+    text = folder / os.fsdecode(b"caf\xe9.txt")
+    text.write_text("Yes. We. Can. " * 400, encoding="utf-8")
+    trained = here("tp5.py", "--data", text, "--run", folder / "run", *TINY)
+    again = here("tp5.py", "--resume", folder / "run")
+    looked = here("tp5.py", "--resume", folder / "run", "--look", "We can.")
+    written = here("generate.py", "--checkpoint", folder / "run", "--greedy")
+    refusals = (
+        here("tp5.py", "--resume", folder / "none"),
+        here("tp5.py", "--resume", folder / "run", "--lr", 1),
+    )
+    for found in (trained, again, looked, written):
+        assert found.returncode == 0, found.stderr
+    for found in (trained, again, looked, written, *refusals):
+        assert all(line.isprintable() for line in (found.stdout + found.stderr).splitlines())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX pipe")
-def test_reader_of_the_output_goes_away(tmp_path):
-    process = start("tp5.py", "--model", "rnn", "gru", "--run", tmp_path / "run", *SMALL[:-1], 500)
-    assert any(line.startswith("epoch 1/500") for line in process.stdout)
-    process.stdout.close()
-    assert process.wait(timeout=100) == 2 and "--resume" in process.stderr.read()
-    assert not (tmp_path / "run" / "gru").exists()
+@posix
+def test_reader_of_the_output_goes_away(small, tmp_path):
+    words = ("tp5.py", "--model", "rnn", "gru", "--run", str(tmp_path / "run"), *small, "--epochs", "50")
+    pipe = '"$@" | head -3; exit ${PIPESTATUS[0]}'
+    bare = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    found = subprocess.run(
+        ["bash", "-c", pipe, "bash", sys.executable, str(ROOT / words[0]), *words[1:]],
+        capture_output=True, text=True, env=bare, timeout=200)  # fmt: skip
+    assert len(found.stdout.splitlines()) == 3
+    refused(found, "output")
+    assert not (tmp_path / "run" / "gru" / "best.pt").exists()
 
 
-@pytest.fixture
-def trained(monkeypatch, capsys):
-    """Train in this process: what the command prints."""
+@pytest.mark.parametrize(("clip", "advice", "not_this"), [(1, "--lr", "--clip"), (0, "--clip 1", "--lr")])
+def test_diverging_run_stops_with_advice(small, tmp_path, clip, advice, not_this):
+    found = here("tp5.py", "--run", tmp_path, *small, "--lr", 1e9, "--clip", clip)
+    refused(found, "not finite", "three steps in a row", advice)
+    assert not_this not in found.stderr
+    assert load_checkpoint(tmp_path / "last.pt")["progress"]["step"] == 0
 
-    def train(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["tp5.py", *map(str, arguments)])
-        tp5.main()
-        return capsys.readouterr().out
 
-    return train
+def test_worse_than_a_guess_is_said(small, tmp_path):
+    found = here("tp5.py", "--run", tmp_path, *small, "--lr", 100)
+    assert found.returncode == 0, found.stderr
+    losses = [float(x) for x in re.findall(r"validation ([\d.]+) nats", found.stdout)]
+    assert len(losses) == 2 and losses[0] > math.log(97)
+    worse = sum(loss > math.log(97) for loss in losses)
+    assert found.stdout.count("worse than a guess (4.57 nats)") == found.stdout.count("smaller --lr") == worse
 
 
 def spoil(monkeypatch, steps, how) -> None:
@@ -230,33 +280,39 @@ def spoil(monkeypatch, steps, how) -> None:
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch, trained, how):
-    spoil(monkeypatch, {0, 3, 4, 6, 23}, how)
-    output = trained("--run", tmp_path / "run", *SMALL, "--histograms-every", 1)
-    assert re.findall("([0-9]+) steps skipped so far", output) == ["4", "5"]
-    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert (checkpoint["progress"]["step"], checkpoint["progress"]["skipped"]) == (24, 5)
-    assert checkpoint["optimizer"][0]["step"] == 19
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch, small, how):
+    spoil(monkeypatch, {0, 3, 4, 6, 40}, how)
+    found = here("tp5.py", "--run", tmp_path, *small, "--histograms-every", 1)
+    assert re.findall("([0-9]+) steps skipped so far", found.stdout) == ["4", "5"], found.stderr
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    assert (checkpoint["progress"]["step"], checkpoint["progress"]["skipped"]) == (58, 5)
+    assert max(int(moments["step"]) for moments in checkpoint["optimizer"].values()) == 53
+    assert all(weight.isfinite().all() for weight in checkpoint["weights"].values())
 
 
-def test_three_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, trained):
-    spoil(monkeypatch, {12, 13, 14}, "loss")
-    with pytest.raises(tp5.LabError, match="three steps in a row"):
-        trained("--run", tmp_path / "run", *SMALL)
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 12  # the epoch before
+def test_three_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, small):
+    spoil(monkeypatch, {30, 31, 32}, "loss")
+    refused(here("tp5.py", "--run", tmp_path, *small), "three steps in a row", "--lr")
+    assert load_checkpoint(tmp_path / "last.pt")["progress"]["step"] == 29  # the epoch before
 
 
 def test_imports_do_no_work(tmp_path):
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); before = torch.get_num_threads();"
-        "import tp5, generate, textloader; assert torch.get_num_threads() == before"
+        "import tp5, generate, textloader; assert torch.get_num_threads() == before;"
+        "assert 'tensorboard' not in sys.modules"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("script", ["tp5.py", "generate.py", "textloader.py"])
 def test_help(script):
-    result = command(script, "--help")
-    assert result.returncode == 0 and result.stdout.startswith("usage:")
+    found = command(script, "--help") if script == "tp5.py" else here(script, "--help")
+    assert found.returncode == 0 and found.stdout.startswith("usage:")
+    assert max(map(len, found.stdout.splitlines())) <= 80
+    if script == "tp5.py":
+        assert "rnn, gru, lstm" in found.stdout and "None" not in found.stdout

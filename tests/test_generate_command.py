@@ -1,35 +1,29 @@
-"""generate.py as a user runs it."""
+"""generate.py as a user runs it: it prints what the decoders return; mistakes are told in one line."""
 
+import math
 import re
 
 import pytest
-from conftest import command, refused
-from hypothesis import HealthCheck, given, settings
+from conftest import command, here, refused
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generate import generate, generate_exact, main, score, trace
-from textloader import EOS_IX, run_main
-from tp5 import CELLS, load_model
+from generate import generate_exact, score, search_error
+from textloader import EOS_IX
+from tp5 import load_model
 
-FACTS = r"^    (-[\d.]+) nats,.* bits per character, (?:ended|cut at maxlen)(.*)$"
-
-
-def checked(output: str) -> str:
-    """`output`, which has nothing in it that a terminal would obey or a reader would stumble over."""
-    assert all(c.isprintable() or c == "\n" for c in output)
-    assert "<EOS>" not in output and "<PAD>" not in output
-    return output
+FACTS = r"^  (.*?)( …)?\n    (-[\d.]+) nats,(?: (-[\d.]+) once narrowed,)? ([\d.]+) bits per character, (.*)$"
 
 
 @pytest.fixture
-def written(runs, monkeypatch, capsys):
-    """What `main` prints with these options: the command line without the seconds that a process takes to start."""
+def written(runs):
+    """What the command prints with these options: nothing that a terminal would obey."""
 
     def run(*options, model="lstm") -> str:
-        arguments = ["generate.py", "--checkpoint", runs / model / "best.pt", *options]
-        monkeypatch.setattr("sys.argv", [str(a) for a in arguments])
-        main()
-        return checked(capsys.readouterr().out)
+        result = here("generate.py", "--checkpoint", runs / model, *options)
+        assert result.returncode == 0 and result.stderr == "", result.stderr
+        assert all(c.isprintable() or c == "\n" for c in result.stdout)
+        return result.stdout
 
     return run
 
@@ -39,153 +33,129 @@ def parts(runs, model="lstm"):
     return loaded.rnn, loaded.emb, loaded.decoder, EOS_IX
 
 
-@pytest.mark.parametrize(
-    ("options", "model", "count"),
-    [
-        (["--maxlen", "30"], "rnn", 12),
-        (["--greedy"], "gru", 1),
-        (["--sample", "-n", "2"], "lstm", 2),
-        (["--temperature", "0"], "rnn", 1),
-        (["--temperature", "0.5", "--top-k", "3", "--nucleus", "0.9"], "gru", 1),
-        (["--beam", "5"], "lstm", 1),
-        (["--beam", "120", "-n", "3", "--maxlen", "8"], "rnn", 3),
-        (["--beam", "5", "--nucleus", "0.9", "--start", "Our "], "gru", 1),
-        (["--beam", "4", "--sample", "--nucleus", "0.9"], "lstm", 4),
-        (["--exact", "-n", "2", "--maxlen", "4"], "gru", 2),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_sentences_come_with_scores(runs, options, model, count, tmp_path):
-    result = command("generate.py", "--checkpoint", runs / model / "best.pt", *options, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    output = checked(result.stdout)
-    assert output.startswith(f"{runs / model / 'best.pt'}: {model}")
-    assert len(re.findall(FACTS, output, re.M)) == count
+def test_every_decoder_side_by_side(runs, tmp_path):
+    """Without a decoder: greedy, three sampled, two beams, exact. Nothing is left in the folder."""
+    result = command("generate.py", "--checkpoint", runs / "rnn" / "best.pt", "--start", "We ", cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.stdout.startswith(f"{runs / 'rnn' / 'best.pt'}: rnn")
+    found = re.findall(FACTS, result.stdout, re.M)
+    assert len(found) == 7 and all(text.startswith("We ") for text, *_ in found)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("model", CELLS)
-def test_printed_scores_are_those_of_a_full_pass(runs, model, written):
-    output = written("--beam", "9", "-n", "3", "--start", "Our ", "--maxlen", "40", model=model)
-    sentences = re.findall(r"^  Our (.*?)( …)?\n    (-[\d.]+) nats", output, re.M)
-    assert len(sentences) == 3
-    for text, cut, log_prob in sentences:
-        expected = score(*parts(runs, model), text, "Our ", ended=not cut)
+@pytest.mark.parametrize(
+    ("options", "model", "count"),
+    [
+        (["--greedy"], "gru", 1),
+        (["--temperature", "0"], "rnn", 1),
+        (["--sample", "-n", "2"], "lstm", 2),
+        (["--temperature", "0.5", "--top-k", "3", "--nucleus", "0.9"], "gru", 1),
+        (["--beam", "120", "-n", "3", "--maxlen", "8", "--min-length", "4"], "rnn", 3),
+        (["--beam", "5", "--nucleus", "0.9", "-n", "2"], "lstm", 2),
+        (["--exact", "--beam", "2"], "gru", 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_printed_scores_are_those_of_a_full_pass(runs, options, model, count, written):
+    """The model's log-probability, narrowed or not, and bits; a certificate only of what was searched."""
+    found = re.findall(FACTS, written("--start", "They ", *options, model=model), re.M)
+    assert len(found) == count
+    for sentence, cut, log_prob, narrowed, bits, rest in found:
+        text = sentence.removeprefix("They ")
+        expected = score(*parts(runs, model), text, "They ", ended=not cut)
         assert float(log_prob) == pytest.approx(expected, abs=0.006)
+        assert float(bits) == pytest.approx(-expected / math.log(2) / (len(text) + (not cut)), abs=0.006)
+        assert narrowed == "" or float(narrowed) > float(log_prob)
+        assert rest.startswith("cut at --maxlen" if cut else "ended")
+        assert ("likelier" in rest) == ("--beam" in options)
 
 
-def test_exact_search_says_what_it_took(runs, written):
-    output = written("--exact", "--maxlen", "5", "--min-length", "2", "--beam", "1")
-    [best] = generate_exact(*parts(runs), "", 5, min_length=2)
-    assert f"  {best.text}\n" in output and "proved optimal" in output
-    assert re.search(r"[\d,]+ prefixes expanded in [\d.]+ s$", output, re.M)
-    assert re.search(r"a beam of 1 (keeps it to the end|loses it at step \d+, where .* has rank \d+);", output)
-    assert re.search(r"the narrowest of 1, 2, 4, … that finds it: \d+$", output, re.M)
+def test_same_seed_same_sentences(written):
+    first, again, other = (written("--sample", "-n", "3", "--seed", seed) for seed in (3, 3, 4))
+    assert first == again
+    assert first.splitlines()[1:] != other.splitlines()[1:]
+    assert written("--temperature", "0") == written("--greedy")
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_exact_search_says_where_a_beam_loses(runs, written, k):
+    arguments = parts(runs)
+    output = written("--exact", "--maxlen", "40", "--beam", k, "--start", "They saw ")
+    [best] = generate_exact(*arguments, "They saw ", 40)
+    assert best.gap == 0 and f"  They saw {best.text}\n" in output and "proved" in output
+    lost = search_error(*arguments, k, best.codes, "They saw ", 40)
+    assert (f"a beam of {k} finds it" in output) == (lost is None)
+    if lost:
+        assert re.search(rf"a beam of {k} loses it at step {lost[0]}, where .* has rank {lost[1]};", output)
 
 
 def test_exact_search_out_of_budget_says_how_far_it_may_be(written):
     output = written("--exact", "--min-length", "30", "--budget", "20")
-    assert re.search(r"no sentence that ends is above -[\d.]+ nats|at most [\d.]+ nats from the optimum", output)
-    assert "20 prefixes expanded" in output and "proved" not in output
-
-
-def test_stochastic_beam_prints_different_sentences(written):
-    output = written("--beam", "6", "--sample", "--maxlen", "20")
-    sentences = re.findall(r"^  (.*)\n    -", output, re.M)
-    assert len(sentences) == len(set(sentences)) == 6
-    assert "optim" not in output
-    assert output == written("--beam", "6", "--sample", "--maxlen", "20")
-    assert output != written("--beam", "6", "--sample", "--maxlen", "20", "--seed", "1")
-
-
-def test_streamed_is_what_is_not_streamed(written):
-    for options in (["--greedy"], ["--sample", "-n", "3"]):
-        options += ["--start", "We ", "--maxlen", "30"]
-        assert written(*options, "--stream") == written(*options)
+    assert re.search(r"another may be up to [\d.]+ nats likelier", output)
+    assert "proved" not in output and "a beam" not in output
 
 
 def test_trace_has_a_line_for_each_symbol(runs, written):
-    output = written("--greedy", "--maxlen", "12", "--trace", "--start", "We ")
-    best = generate(*parts(runs), "We ", 12)
+    """Probability of the symbol and of an end, each the difference of two full passes' scores."""
+    output = written("--maxlen", "12", "--trace", "--start", "We ", "--seed", "2", "--nucleus", "0.7")
+    (sentence, cut, *_), arguments = re.search(FACTS, output, re.M).groups(), parts(runs)
     rows = re.findall(r"^    (.{6})  +([\d.]+)  +(\d+)  (yes|no) \((\d+)\) +([\d.]+)$", output, re.M)
-    expected = trace(*parts(runs), best.text, "We ", ended=best.ended)
-    assert [row[0][:3].rstrip() or " " for row in rows] == [c.symbol or "end" for c in expected]
-    for row, choice in zip(rows, expected, strict=True):
-        assert float(row[1]) == pytest.approx(choice.prob, abs=1e-4) and int(row[2]) == choice.rank == 1
-        assert (row[3] == "yes", int(row[4])) == (choice.in_nucleus, choice.nucleus_size)
-
-
-def test_same_seed_same_sentences(written):
-    first, again, other = (written("--sample", "--seed", seed) for seed in (3, 3, 4))
-    assert first == again != other
+    text = sentence.removeprefix("We ")
+    assert [row[0].rstrip() or " " for row in rows] == [*text, *["<EOS>"] * (not cut)]
+    for i, (_, prob, rank, kept, size, end) in enumerate(rows):
+        before = score(*arguments, text[:i], "We ", ended=False)
+        ended = math.exp(score(*arguments, text[:i], "We ") - before)
+        longer = score(*arguments, text[: i + 1], "We ", ended=i == len(text))
+        chosen = math.exp(longer - before)
+        assert (float(prob), float(end)) == (pytest.approx(chosen, abs=1e-4), pytest.approx(ended, abs=1e-4))
+        assert kept == "yes" and int(rank) <= int(size)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--beam", "0"], ["--beam", "at least 1"]),
-        (["--nucleus", "1.1"], ["--nucleus", "at most 1"]),
-        (["--nucleus", "0"], ["--nucleus", "above 0"]),
-        (["--top-k", "0"], ["--top-k", "at least 1"]),
-        (["--temperature", "-1"], ["--temperature", "at least 0"]),
-        (["--maxlen", "0"], ["--maxlen"]),
-        (["--budget", "0"], ["--budget"]),
-        (["--beam", "3", "--budget", "5"], ["--budget", "--exact"]),
-        (["--exact", "--maxlen", "100000000000"], ["--maxlen", "at most"]),
-        (["--beam", "2", "-n", "3"], ["--beam 3"]),
-        (["--greedy", "--sample"], ["--greedy"]),
-        (["--greedy", "-n", "2"], ["-n"]),
-        (["--exact", "--sample"], ["--exact"]),
-        (["--beam", "3", "--temperature", "0"], ["--greedy"]),
-        (["--temperature", "0", "-n", "3"], ["-n"]),
-        (["--temperature", "0", "--nucleus", "0.5"], ["--greedy"]),
-        (["--sample", "--min-length", "3"], ["--min-length"]),
-        (["--beam", "3", "--stream"], ["--stream"]),
-    ],
-    ids=lambda value: " ".join(value),
-)
-def test_bad_options(arguments, words, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["generate.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        run_main(main)
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1
-    assert all(word in said for word in words)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--start", "中\x1b[31m"], ["alphabet", "中"]),
-        (["--beam", "3", "--min-length", "9", "--maxlen", "8"], ["--min-length 9", "--maxlen 8"]),
-        (["--beam", "3", "--temperature", "0"], ["--greedy"]),
-        (["--temperature", "0", "-n", "3"], ["-n"]),
-        (["--temperature", "0", "--nucleus", "0.5"], ["--greedy"]),
-        (["--checkpoint", "missing.pt"], ["cannot read"]),
+        ("--beam 0", "--beam: from 1"),
+        ("--nucleus 1.1", "--nucleus: to 1"),
+        ("--nucleus nan", "--nucleus: out of range"),
+        ("--top-k 0", "--top-k: from 1"),
+        ("--temperature -1", "--temperature: from 0"),
+        ("--exact --maxlen 100000000000", "--maxlen: 10000"),
+        ("--beam 2 -n 3", "-n 3"),
+        ("--greedy --sample", "--greedy"),
+        ("--greedy -n 2", "-n"),
+        ("--beam 3 --temperature 0", "--greedy"),
+        ("--exact --temperature 0", "--temperature"),
+        ("--temperature 0 --nucleus 0.5", "--greedy"),
+        ("--sample --min-length 3", "--min-length"),
+        ("--beam 3 --min-length 9 --maxlen 9", "--min-length: --maxlen"),
+        ("--checkpoint=", "empty"),
     ],
 )
-def test_refused_in_one_line(runs, options, words):
-    refused(command("generate.py", "--checkpoint", runs / "rnn" / "best.pt", *options), *words)
+def test_bad_options(arguments, words):
+    refused(here("generate.py", *arguments.split()), *words.split(": "), code=2)
 
 
-VALUES = st.sampled_from(
-    ["", "0", "1", "3", "-1", "0.5", "1.5", "nan", "inf", "1e400", "٣", "中\x1b[31m", "Our ", "--"]
-)
-NAMES = ("beam", "nucleus", "temperature", "top-k", "min-length", "budget", "n", "seed", "start", "wrong")
-FLAGS = ("--greedy", "--sample", "--exact", "--trace", "--stream")
+def test_mistakes_end_in_one_line(runs):
+    refused(here("generate.py", "--checkpoint", "missing\x1b[31m.pt"), "cannot read", "No such file")
+    refused(here("generate.py", "--checkpoint", "x" * 5000), "too long")
+    refused(here("generate.py", "--checkpoint", __file__), "not a checkpoint")
+    refused(here("generate.py", "--checkpoint", runs / "rnn", "--start", "中\x1b[31m"), "alphabet", "中")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=4), st.lists(st.sampled_from(FLAGS), max_size=2))
-def test_any_options_work_or_are_refused_in_one_line(runs, monkeypatch, capsys, named, flags):
-    given_options = [f"{'-n' if name == 'n' else '--' + name}={value}" for name, value in named]
-    few = ["--maxlen", "6", "--checkpoint", str(runs / "rnn" / "best.pt")]
-    monkeypatch.setattr("sys.argv", ["generate.py", *few, *given_options, *flags])
-    try:
-        run_main(main)
-    except SystemExit as stopped:
-        assert stopped.code == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and all(c.isprintable() or c == "\n" for c in said)
+NAMES = st.sampled_from(["beam", "nucleus", "temperature", "top-k", "min-length", "n", "seed", "start"])
+VALUES = st.sampled_from(["", "0", "1", "3", "-1", "0.5", "nan", "1e400", "٣", "中\x1b[31m", "We "])
+FLAGS = st.sampled_from(["--greedy", "--sample", "--exact", "--trace"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_options_work_or_are_refused(runs, data):
+    named = data.draw(st.lists(st.tuples(NAMES, VALUES), max_size=4))
+    options = [f"{'-n' if name == 'n' else '--' + name}={value}" for name, value in named]
+    options += data.draw(st.lists(FLAGS, max_size=2))
+    result = here("generate.py", "--maxlen", "6", "--checkpoint", runs / "rnn", *options)
+    if result.returncode:
+        refused(result, code=result.returncode)
     else:
-        checked(capsys.readouterr().out)
+        assert re.search(r" nats, |nothing: ", result.stdout) and result.stderr == ""
+        assert all(c.isprintable() or c == "\n" for c in result.stdout)

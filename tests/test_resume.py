@@ -7,53 +7,37 @@ import time
 
 import pytest
 import torch
-from conftest import command, ended, start
+from conftest import command, ended, here, start
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from tp5 import load_checkpoint
 
-TINY = ("--hidden", "8", "--embedding", "4", "--batch-size", "8",
-        "--scalars-every", "7", "--histograms-every", "100", "--model", "gru")  # fmt: skip
-SHORT, LONG = (*TINY, "--maxsent", "600", "--epochs", "2"), (*TINY, "--maxsent", "1500", "--epochs", "6")
-needs_sigkill = pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
-
-
-def finish(*arguments) -> None:
-    result = command("tp5.py", *arguments)
-    assert result.returncode == 0, result.stderr
+MODEL = ("--hidden", "8", "--embedding", "4", "--batch-size", "8", "--scalars-every", "7", "--model", "gru")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
 
 
 def same(left, right) -> bool:
-    """Equal to the bit, through dicts."""
+    """Equal to the bit, through dicts and lists."""
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
 def content(path) -> dict:
     """A checkpoint without its wall-clock figures."""
     checkpoint = load_checkpoint(path)
-    del checkpoint["progress"]["seconds"], checkpoint["progress"]["trained"], checkpoint["interval"]["seconds"]
+    del checkpoint["progress"]["seconds"], checkpoint["progress"]["trained"]
     return checkpoint
 
 
 def curves(folder) -> dict:
-    """Every point that TensorBoard shows of a run, but for seconds and speed: tag → [(step, value)]."""
-    events = EventAccumulator(str(folder), tensor_size_guidance=dict.fromkeys(("scalars", "histograms", "text"), 0))
-    events.Reload()
-    found = {tag: [(e.step, e.tensor_proto) for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
-    for tag in ("training/characters_per_second", "summary/characters/s", "summary/seconds"):
-        del found[tag]
-    return {tag: points for tag, points in found.items() if not tag.startswith("_hparams_")}
-
-
-def assert_same_run(left, right):
-    for name in ("last.pt", "best.pt"):
-        assert same(content(left / name), content(right / name)), name
-    one, other = curves(left), curves(right)
-    assert one.keys() == other.keys() and len(one["loss/train"]) > 10
-    for tag in one:
-        assert one[tag] == other[tag], tag
+    """Every point that TensorBoard shows of a run, but for its speed: tag → [(step, value)]."""
+    sizes = dict.fromkeys(("scalars", "histograms", "text", "images"), 0)
+    events = EventAccumulator(str(folder), tensor_size_guidance=sizes).Reload()
+    tags = [tag for tag in events.Tags()["tensors"] if "characters_per_second" not in tag]
+    return {tag: [(point.step, point.tensor_proto) for point in events.Tensors(tag)] for tag in tags}
 
 
 def wait_until(true, process) -> None:
@@ -62,45 +46,71 @@ def wait_until(true, process) -> None:
         time.sleep(0)
 
 
-def killed_and_resumed(folder, options, kills: int, seed: int) -> tuple[int, int]:
-    """Kill a run `kills` times, every third time while it saves; let it end. How many met it, how many while saving."""
+def killed(folder, options, kills: int, seed: int) -> tuple[int, int]:
+    """Kill a run `kills` times, every third time while it saves: how many met it, how many while saving."""
     dice, met, saving = random.Random(seed), 0, 0
-    last, beside = folder / "last.pt", folder / "last.tmp"
-    for kill in range(kills):
+    last, half = folder / "last.pt", folder / "last.pt.half"
+    for kill in range(1, kills + 1):
         before = last.stat().st_mtime_ns if last.exists() else 0
         which = ("--resume", folder) if before else ("--run", folder, *options)
         process = start("tp5.py", *which, "--save-every", "0.02")
-        if kill % 4:  # after it has trained, or else (every fourth time) while it starts, resumes and opens its files
+        if kill % 4:  # once it has saved, within an epoch
             wait_until(lambda: last.exists() and last.stat().st_mtime_ns != before, process)  # noqa: B023
             time.sleep(dice.uniform(0, 0.25))
-        else:
+        else:  # while it starts, resumes and opens its files
             time.sleep(dice.uniform(1, 4))
         if kill % 3 == 0:
-            wait_until(beside.exists, process)
+            wait_until(half.exists, process)
         process.send_signal(signal.SIGKILL)
-        result = ended(process)
-        met += result.returncode == -signal.SIGKILL
-        saving += beside.exists()
-        assert result.returncode in (0, -signal.SIGKILL), result.stderr
-    if last.exists():
-        before = last.stat().st_mtime_ns
-        interrupted = start("tp5.py", "--resume", folder, "--save-every", "0.02")
-        wait_until(lambda: last.stat().st_mtime_ns != before, interrupted)
-        interrupted.send_signal(signal.SIGINT)  # which saves once more, and stops
-        assert ended(interrupted).returncode == 0
-        finish("--resume", folder)
-    else:
-        finish("--run", folder, *options)
+        found = ended(process)
+        met += found.returncode == -signal.SIGKILL
+        saving += half.exists()
+        assert found.returncode in (0, -signal.SIGKILL), found.stderr
     return met, saving
 
 
-@needs_sigkill
+def interrupted(folder, number) -> None:
+    """Let a run go on and stop it by a signal: it saves within the epoch, and says how to go on."""
+    last, process = folder / "last.pt", start("tp5.py", "--resume", folder, "--save-every", "0.02")
+    for _ in range(2):  # the first may be that of a run that begins anew
+        before = last.stat().st_mtime_ns
+        wait_until(lambda: last.stat().st_mtime_ns != before, process)  # noqa: B023
+    process.send_signal(number)
+    found = ended(process)
+    assert found.returncode == 0 and found.stderr == "", found.stderr
+    assert "Stopped and saved" in found.stdout and f"--resume {folder}\n" in found.stdout
+
+
 @pytest.mark.parametrize(
-    ("options", "kills"), [(SHORT, 3), pytest.param(LONG, 20, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
+    ("kills", "epochs"), [(1, 3), pytest.param(20, 12, marks=pytest.mark.slow)], ids=["1 kill", "20 kills"]
 )
-def test_killed_and_resumed_is_the_same_run(tmp_path, options, kills):
-    finish("--run", tmp_path / "whole", *options, "--save-every", 0)
-    met, saving = killed_and_resumed(tmp_path / "killed", options, kills, seed=kills)
-    print(f"\n{met} of {kills} kills met the run, {saving} of them while it saved")
+def test_killed_and_resumed_is_the_same_run(small, tmp_path, kills, epochs):
+    """Killed, then stopped by Ctrl-C and by SIGTERM, then let to its end."""
+    options = (*small, *MODEL, "--epochs", epochs)
+    assert here("tp5.py", "--run", tmp_path / "whole", *options, "--save-every", 0).returncode == 0
+    met, saving = killed(tmp_path / "killed", options, kills, seed=kills)
     assert met >= kills * 2 / 3 and saving >= kills // 8
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    step = load_checkpoint(tmp_path / "killed" / "last.pt")["progress"]["step"]
+    interrupted(tmp_path / "killed", signal.SIGTERM)
+    if kills > 1:
+        interrupted(tmp_path / "killed", signal.SIGINT)
+    stopped = load_checkpoint(tmp_path / "killed" / "last.pt")["progress"]
+    assert stopped["step"] > step and stopped["epoch"] < epochs
+    found = here("tp5.py", "--resume", tmp_path / "killed")
+    assert found.returncode == 0 and "going on" in found.stdout, found.stderr
+    for name in ("last.pt", "best.pt"):
+        assert same(content(tmp_path / "whole" / name), content(tmp_path / "killed" / name)), name
+    one, other = curves(tmp_path / "whole"), curves(tmp_path / "killed")
+    assert one.keys() == other.keys() and any(len(points) > 10 for points in one.values())
+    for tag, points in one.items():
+        assert points == other[tag], tag
+
+
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_yet_starts_anew(small, tmp_path):
+    process = start("tp5.py", "--run", tmp_path / "run", *small, *MODEL)
+    wait_until((tmp_path / "run").exists, process)
+    process.send_signal(signal.SIGKILL)
+    assert ended(process).returncode == -signal.SIGKILL
+    found = command("tp5.py", "--run", tmp_path / "run", *small, *MODEL)
+    assert found.returncode == 0 or "--resume" in found.stderr

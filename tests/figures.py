@@ -1,0 +1,177 @@
+"""The README's figures, drawn from trained runs of the three cells and their comparison alone.
+
+    python tests/figures.py [RUNS]        # default: runs/reference
+
+They go where the runs are. A title says a finding only where the numbers drawn do.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.lines import Line2D
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import tp5  # noqa: E402
+from textloader import pad_collate_fn, string2code  # noqa: E402
+
+COLOURS = {"rnn": "#CF9A1B", "gru": "#004488", "lstm": "#BB5566"}  # apart in grey, too (after Paul Tol)
+STYLE = {
+    "font.size": 18,  # readable at half size
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "lines.linewidth": 3,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 130,
+    "savefig.bbox": "tight",
+}
+
+
+def scalars(events: EventAccumulator, tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one curve."""
+    found = events.Scalars(tag)
+    return np.array([event.step for event in found]), np.array([event.value for event in found])
+
+
+def legend_of(axes, cells, **styles: dict) -> None:
+    """A colour for each cell, in grey what each line style means."""
+    lines = [Line2D([], [], color=COLOURS[cell], label=cell.upper()) for cell in cells]
+    lines += [Line2D([], [], **{"color": "grey", "label": label.replace("_", " "), **style})
+              for label, style in styles.items()]  # fmt: skip
+    where = dict(loc="outside lower center", ncols=len(lines)) if isinstance(axes, plt.Figure) else {}
+    axes.legend(handles=lines, frameon=False, **where)
+
+
+def loss_curves(runs: dict[str, EventAccumulator]):
+    """Training and validation loss, nats against step."""
+    figure, axes = plt.subplots(figsize=(12, 6.5))
+    last = {}
+    for cell, events in runs.items():
+        axes.plot(*scalars(events, "1_loss/train"), color=COLOURS[cell], linewidth=1.5)
+        steps, nats = scalars(events, "1_loss/validation")
+        axes.plot(steps, nats, "o--", color=COLOURS[cell], markersize=9)
+        last[cell] = nats[-1]
+    lowest, highest = min(last.values()), scalars(runs["rnn"], "1_loss/train")[1].max()
+    axes.set(xlabel="step", ylabel="loss, nats a symbol", ylim=(lowest - 0.1, min(highest, 2 * lowest)))
+    legend_of(axes, runs, training=dict(linewidth=1.5), validation=dict(linestyle="--", marker="o"))
+    ranked = ", ".join(f"{cell.upper()} {last[cell]:.3f}" for cell in sorted(last, key=last.get))
+    axes.set_title(f"Validation loss after training: {ranked} nats")
+    return figure
+
+
+def gradient_flow(runs: dict[str, EventAccumulator]):
+    """Norm of a loss's gradient against characters back; at start dashed, trained solid."""
+    figure, panels = plt.subplots(1, 2, figsize=(14, 7), sharey=True, width_ratios=(3, 2))
+    ends = {}
+    for axes, state in zip(panels, ("h", "C"), strict=True):
+        for cell in runs if state == "h" else ("lstm",):
+            for when, dashes in (("at_start", "--"), ("trained", "-")):
+                lags, logs = scalars(runs[cell], f"2_gradient_flow/log10_norm_of_{state}_{when}")
+                axes.plot(lags, 10.0**logs, dashes, color=COLOURS[cell])
+                ends[cell, state, when] = 10.0 ** logs[-1]
+        axes.set(yscale="log", xlabel="characters back")
+    panels[0].set(ylabel="norm of the gradient of one loss", title="hidden state h")
+    panels[1].set(title="the LSTM's memory C")
+    legend_of(panels[0], runs, at_start=dict(linestyle="--"), trained={})
+    times = {cell: ends[cell, "h", "trained"] / ends["rnn", "h", "trained"] for cell in ("lstm", "gru")}
+    if all(factor > 10 for factor in times.values()):
+        two_digits = {cell.upper(): f"{float(f'{factor:.2g}'):,.0f}" for cell, factor in times.items()}
+        said = " and ".join(f"{factor} times ({cell})" for cell, factor in two_digits.items())
+        figure.suptitle(f"{lags[-1]} characters back, the trained gated cells' gradient is\n{said} the RNN's")
+    return figure
+
+
+def rows_of(table: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table."""
+    lines = [line.strip("|") for line in table.splitlines() if line.startswith("|")]
+    header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in lines)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def named_units(folder: Path, events: EventAccumulator):
+    """The LSTM's units that follow the text, on a validation sentence of about 40 characters."""
+    checkpoint = tp5.load_checkpoint(folder / "best.pt")
+    with contextlib.redirect_stdout(None):
+        valid = tp5.load_corpus(argparse.Namespace(**checkpoint["options"])).valid
+    held_out = [valid.dataset.sentences[i] for i in valid.indices]
+    text = min(held_out, key=lambda sentence: abs(len(sentence) - 40))
+    values = tp5.activations(tp5.model_of(checkpoint), pad_collate_fn([string2code(text)]))
+    written, rows = events.Tensors("units/text_summary")[0].tensor_proto.string_val[0].decode(), {}
+    for row in rows_of(written):
+        gate, number = row["unit"].split()
+        rows[f"{row['unit']}: {row['follows']}, r {float(row['correlation']):.2f}"] = gate, int(number)
+        if gate == "C" and row["follows"].startswith("position") and "its gate f" not in rows:
+            rows |= {f"its gate {gate}": (gate, int(number)) for gate in "fio"}
+    shades = np.stack([values[gate][1:, number].numpy() for gate, number in rows.values()])
+    shades /= np.abs(shades).max(1, keepdims=True).clip(min=1)
+
+    figure, axes = plt.subplots(figsize=(16, 1.5 + 0.55 * len(rows)))
+    image = axes.imshow(shades, cmap="RdBu_r", vmin=-1.6, vmax=1.6, aspect="auto")  # pale: text is on it
+    for y, x in np.ndindex(shades.shape):
+        axes.text(x, y, text[x], ha="center", va="center", family="monospace")
+    axes.set(xticks=[], xlabel="a validation sentence, character by character")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)  # lines between the rows
+    axes.grid(False)
+    axes.grid(which="minor", axis="y", color="white", linewidth=5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, boundaries=np.linspace(-1, 1, 101), ticks=(-1, 0, 1), pad=0.01)
+    bar.set_label("value (C: by its largest)")
+    return figure
+
+
+def quality(comparison: Path):
+    """Known words, ended sentences and length of what each decoder writes, beside held-out sentences."""
+    people, *rows = rows_of(comparison.read_text(encoding="utf-8").split("\n## Shares")[1].split("\n## ")[0])
+    decoders, cells = list(dict.fromkeys(row["decoder"] for row in rows)), list(COLOURS)
+    figure, panels = plt.subplots(1, 3, figsize=(16, 7.5), sharey=True)
+    measures = {"known": "known words, share", "ended": "sentences ended, share",
+                "length": "length, characters, median"}  # fmt: skip
+    for axes, (measure, label) in zip(panels, measures.items(), strict=True):
+        for row in rows:
+            y = decoders.index(row["decoder"]) + 0.26 * (cells.index(row["run"]) - 1)
+            axes.barh(y, float(row[measure]), 0.24, color=COLOURS[row["run"]])
+        axes.axvline(float(people[measure]), color="black", linestyle="--")
+        axes.set(xlabel=label)
+        axes.grid(False, axis="y")
+    panels[0].set_yticks(range(len(decoders)), decoders)
+    panels[0].invert_yaxis()
+    legend_of(figure, cells, held_out_sentences=dict(linestyle="--", color="black"))
+    lengths = {decoder: statistics.median(float(row["length"]) for row in rows if row["decoder"] == decoder)
+               for decoder in ("beam", "sampled")}  # fmt: skip
+    if lengths["beam"] < min(float(people["length"]), lengths["sampled"]) / 2:
+        figure.suptitle(f"The likeliest sentences are short: {lengths['beam']:.0f} characters by beam, "
+                        f"{lengths['sampled']:.0f} drawn, {people['length']} by people")  # fmt: skip
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "runs" / "reference", metavar="RUNS")
+    folder = parser.parse_args().runs
+    matplotlib.use("Agg")
+    plt.rcParams.update(STYLE)
+    runs = {cell: EventAccumulator(str(folder / cell), {"scalars": 0}).Reload() for cell in COLOURS}
+    for name, figure in {
+        "loss_curves": loss_curves(runs),
+        "gradient_flow": gradient_flow(runs),
+        "named_units": named_units(folder / "lstm", runs["lstm"]),
+        "likelihood_is_not_quality": quality(folder / "comparison" / "comparison.md"),
+    }.items():
+        figure.savefig(folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
