@@ -1,0 +1,48 @@
+"""One check a question, each in a process of its own; together the report on a folder."""
+
+import time
+from pathlib import Path
+
+from . import check_cells, check_data, check_generation
+from .loader import load_solution
+from .report import NOT_JUDGED, QUESTIONS, Report, Verdict
+from .sandbox import run
+from .source import Source, read_folder
+
+SECONDS = 50  # of one folder; what comes later is not judged
+
+CHECKS = {
+    "batches": check_data.check_batches,
+    "loss": check_data.check_loss,
+    "generate": check_generation.check_generate,
+    "embedding": check_data.check_embedding,
+    "rnn": lambda solution: check_cells.check_cell(solution, "rnn"),
+    "lstm": lambda solution: check_cells.check_cell(solution, "lstm"),
+    "gru": lambda solution: check_cells.check_cell(solution, "gru"),
+    "beam": check_generation.check_beam,
+    "nucleus": check_generation.check_nucleus,
+}
+
+
+def answer(question: str, sources: list[Source]) -> Verdict:
+    """Load a folder and answer one question; for a process of its own."""
+    return CHECKS[question](load_solution(sources))
+
+
+def repairs(sources: list[Source]) -> list[str]:
+    """What has to be repaired in order to load a folder; for a process of its own."""
+    return load_solution(sources).repairs
+
+
+def mark(folder) -> Report:
+    """The report on a student's folder. Its files are only read."""
+    sources = read_folder(Path(folder))
+    report, start = Report(str(folder)), time.monotonic()
+    found = run(repairs, sources)
+    report.repairs = list(dict.fromkeys(found)) if isinstance(found, list) else [f"loading it: {found.detail}"]
+    for question in QUESTIONS:
+        if time.monotonic() - start > SECONDS:
+            report.verdicts[question] = Verdict(NOT_JUDGED, "the folder's time was up")
+        else:
+            report.verdicts[question] = run(answer, question, sources)
+    return report
