@@ -10,6 +10,7 @@ import copy
 import inspect
 import itertools
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from torch import nn
 
 from .sandbox import time_limit
 
-T, B, E, H, V = 4, 2, 3, 7, 11  # all sizes, their sums and neighbours differ
+T, B, E, H, V = 4, 3, 6, 7, 11  # all differ, and so do their sums; no pair (h, c) is a batch of two
 MOST_CONSTRUCTIONS, MOST_CALLS = 100, 60
+SEARCH_SECONDS = 4  # of CPU, for one class
 
 
 @dataclass
@@ -95,6 +97,8 @@ def constructions(kind: type, sizes: Sizes):
     except (TypeError, ValueError):
         return
     parameters = [(n, p) for n, p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not parameters:  # torch.nn's cells say (*args, **kwargs)
+        yield lambda: randomized(kind(sizes.e, sizes.h))
     choices = [options_for(name, parameter, sizes) for name, parameter in parameters]
     for values in itertools.islice(itertools.product(*choices), MOST_CONSTRUCTIONS):
         keywords = {name: value for (name, p), value in zip(parameters, values, strict=True) if p.kind != p.POSITIONAL_ONLY}
@@ -133,7 +137,7 @@ def example(cell, sizes: Sizes, seed: int = 0, t: int = T, b: int = B, state: fl
     """Random sentences for a cell, embedded by its own embedding if it has one."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(2, sizes.v, (t, b), generator=generator)
-    inner = next((emb for emb in embeddings_of(cell) if emb.embedding_dim == sizes.e), None)
+    inner = next((emb for emb in embeddings_of(cell) if emb.embedding_dim == sizes.e and emb.num_embeddings >= sizes.v), None)
     x = inner.weight.detach()[codes] if inner is not None else torch.randn(t, b, sizes.e, generator=generator)
     h, c = (torch.randn(2, b, sizes.h, generator=generator) * state).unbind()
     return Inputs(codes, x, h, c)
@@ -169,7 +173,7 @@ def binds(function, arguments: tuple) -> bool:
 
 
 def sequence_calls(cell):
-    """(call, takes_state): ways to give a cell whole sentences at once."""
+    """(call, takes_state, "sequence"): ways to give a cell whole sentences at once."""
     for x_form in input_forms(cell):
         for s_form in state_forms(one=False):
             def call(cell, i, x_form=x_form, s_form=s_form):
@@ -182,10 +186,10 @@ def sequence_calls(cell):
             states = s_form(dummy)
             if binds(cell.forward, (None, *states)):
                 given = bool(states) and not all(s is None for s in states)
-                yield call, given
+                yield call, given, "sequence"
                 first = next(iter(inspect.signature(cell.forward).parameters), "x").lower()
                 if given and re.match(r"h|c|state|hidden", first):
-                    yield swapped, given
+                    yield swapped, given, "sequence"
 
 
 def method_names(cell) -> list[str]:
@@ -195,7 +199,7 @@ def method_names(cell) -> list[str]:
 
 
 def step_calls(cell):
-    """(call, takes_state): loops over time around a method that makes one step."""
+    """(call, takes_state, method): loops over time around a method that makes one step."""
     inputs = [lambda i, t: i.x[t], lambda i, t: i.x[t][None], lambda i, t: i.x[t][:, None]]
     if embeddings_of(cell):
         inputs = [lambda i, t: i.codes[t], lambda i, t: i.codes[t][:, None], lambda i, t: i.codes[t][None], *inputs]
@@ -210,7 +214,7 @@ def step_calls(cell):
             def call(cell, i, method=method, x_form=x_form, s_form=s_form, state_first=state_first, returned=returned):
                 return step_by_step(getattr(cell, method), i, x_form, s_form, state_first, returned)
 
-            yield call, True
+            yield call, True, method
 
 
 def step_by_step(step, i: Inputs, x_form, s_form, state_first: bool, returned: int):
@@ -328,7 +332,7 @@ def recognise(kind: type, match: Callable, sizes: Sizes, errors: list, mistakes_
     match   (cell, Inputs, states) → (equations, mistake) or None
     errors  collects what was raised on the way
     """
-    wrong = None
+    wrong, deadline = None, time.process_time() + SEARCH_SECONDS
     for construction, build in enumerate(constructions(kind, sizes)):
         try:
             with time_limit():
@@ -338,7 +342,9 @@ def recognise(kind: type, match: Callable, sizes: Sizes, errors: list, mistakes_
             continue
         inputs = example(cell, sizes)
         tried = set()
-        for call, takes_state in attempts(cell):
+        for call, takes_state, method in attempts(cell):
+            if time.process_time() > deadline:
+                return wrong
             try:
                 with time_limit(), torch.no_grad():
                     fresh = copy.deepcopy(cell)
@@ -352,8 +358,8 @@ def recognise(kind: type, match: Callable, sizes: Sizes, errors: list, mistakes_
                 tried.add(key)
                 if found:
                     recognised = Recognised(kind, construction, build, call, reader(index), *found, takes_state)
-                    if not recognised.mistake:
-                        return recognised
+                    if not recognised.mistake:  # one_step may be right where forward is wrong
+                        return recognised if wrong is None or method in ("sequence", "forward") else wrong
                     wrong = wrong or recognised
         if wrong:
             return wrong

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import equations
-from .cells import B, H, Recognised, Sizes, attempts, example, readings, recognise, weights_of
+from .cells import B, H, Recognised, Sizes, example, readings, recognise, sequence_calls, weights_of
 from .loader import Solution
 from .report import CANNOT_RUN, MISSING, NOT_JUDGED, RIGHT, Verdict, wrong
 from .sandbox import TookTooLong, time_limit
@@ -24,15 +24,14 @@ def matcher(which: str):
         library = equations.library_cell(cell, inputs.x, states)
         if library:
             return library, ""
-        found = None
         for maps in equations.all_maps(cell, weights_of(cell), inputs.x.shape[-1], inputs.h.shape[-1]):
             if which == "lstm":
                 found = equations.match_lstm(maps, inputs.x, inputs.h, inputs.c, states)
             else:
                 found = MATCHERS[which](maps, inputs.x, inputs.h, states)
-            if found and not found[1]:
+            if found:  # the plainest allotment of the weights that explains the states
                 return found
-        return found
+        return None
 
     return match
 
@@ -54,7 +53,7 @@ def given_state(found: Recognised, which: str, sizes: Sizes) -> str:
     inputs = example(cell, sizes, state=1.0)
     zeros = dataclasses.replace(inputs, h=inputs.h * 0, c=inputs.c * 0)
     ignored = False
-    for call, takes_state in attempts(cell):
+    for call, takes_state, _ in sequence_calls(cell):
         if not takes_state:
             continue
         try:
@@ -119,6 +118,8 @@ def source_mistake(solution: Solution, name: str) -> str:
         definition[0].text.split("\n")[definition[1].lineno - 1 : definition[1].end_lineno])  # fmt: skip
     if re.search(r"torch\.(cat|concat)\(\s*[\[(][^\])]*[\])]\s*(,\s*(dim|axis)?\s*=?\s*0\s*)?\)", text):
         return "x and h are concatenated along the batch (dim 0)"
+    if re.search(r"\*\s*self\.\w+\.weight|self\.\w+\.weight\s*\*", text):
+        return "a matrix is multiplied element by element"
     return ""
 
 
@@ -133,7 +134,7 @@ def why_not(solution: Solution, name: str, errors: list) -> Verdict:
         return Verdict(CANNOT_RUN, solution.where(first))
     lines = {solution.where(error) for error in errors if "(" in solution.where(error)}
     if errors and (mistake := source_mistake(solution, name)):
-        return wrong(mistake, solution.where(errors[0]))
+        return wrong(mistake, solution.where(errors[-1]))
     detail = f"no call was understood; the first: {solution.where(errors[0])}" if lines else "its states match no known equations"
     return Verdict(NOT_JUDGED, detail)
 

@@ -70,8 +70,8 @@ def vectors(weights: dict, h: int) -> list[tuple[str, torch.Tensor]]:
     return [(n, w.detach()) for n, w in weights.items() if w.dim() == 1 and len(w) == h and "bias" not in n]
 
 
-def maps_of(layers, e: int, h: int, extra=()) -> list[Map]:
-    """Every map of x and h to gates that the layers allow."""
+def maps_of(layers, e: int, h: int, extra=(), in_order: bool = False) -> list[Map]:
+    """Every map of x and h to gates that the layers allow; `in_order`: the k-th of x goes with the k-th of h."""
     zero, found = torch.zeros(h), []
     xs, hs = [], []
     for name, weight, bias in layers:
@@ -89,7 +89,7 @@ def maps_of(layers, e: int, h: int, extra=()) -> list[Map]:
                 hs.append((label, w, b))
     hs += [(name, w, zero) for name, w in extra]
     pairs = list(zip(xs, hs, strict=False)) if len(xs) == len(hs) else []
-    if len(xs) * len(hs) <= 40:
+    if not in_order and len(xs) * len(hs) <= 40:
         pairs += [pair for pair in itertools.product(xs, hs) if not any(pair[0] is p and pair[1] is q for p, q in pairs)]
     found += [Map(f"{x[0]} and {h_[0]}", x[1], h_[1], x[2], h_[2]) for x, h_ in pairs]
     return found
@@ -97,9 +97,12 @@ def maps_of(layers, e: int, h: int, extra=()) -> list[Map]:
 
 def all_maps(cell, weights: dict, e: int, h: int):
     """Sets of maps to try, one for each way to allot biases."""
-    for raw in raw_layers(cell, weights, e, h):
-        yield maps_of([*linear_layers(cell), *raw], e, h)
-    yield maps_of([*linear_layers(cell), *raw_layers(cell, weights, e, h)[0]], e, h, vectors(weights, h))
+    allotments = [[*linear_layers(cell), *raw] for raw in raw_layers(cell, weights, e, h)]
+    for in_order in (True, False):
+        for layers in allotments:
+            yield maps_of(layers, e, h, in_order=in_order)
+    for layers in allotments if vectors(weights, h) else ():
+        yield maps_of(layers, e, h, vectors(weights, h))
 
 
 def same(a, b) -> bool:
@@ -225,10 +228,9 @@ def match_lstm(maps: list[Map], x, h0, c0, states) -> tuple[str, str] | None:
         gate, candidate, out = (ACTIVATIONS[name] for name in form)
         s = gate(a)
         c1 = s[:, None] * candidate(a)[None]  # (i, c)
-        for chosen in hits(s[:, None, None] * out(c1)[None], states[0]):
-            for memory, f in itertools.product(MEMORIES, range(-1, len(maps))):
-                if memory == "lost" and f != -1:
-                    continue
+        first = hits(s[:, None, None] * out(c1)[None], states[0])
+        for memory in MEMORIES:
+            for chosen, f in itertools.product(first, range(-1, 0 if memory == "lost" else len(maps))):
                 if lstm_rest(maps, form, chosen, f, x, h0, c0, states, memory):
                     roles = dict(zip("oiC", (maps[k] for k in chosen), strict=True))
                     forgotten = MEMORIES[memory]
@@ -241,8 +243,8 @@ def match_lstm(maps: list[Map], x, h0, c0, states) -> tuple[str, str] | None:
                         return "LSTM", ""
                     if best is None or len(mistake) < len(best):
                         best = mistake
-        if best is not None:
-            return "LSTM", best
+            if best is not None:
+                return "LSTM", best
     return None
 
 

@@ -206,8 +206,8 @@ GRUS = [
 ENDED = "            if written and written[-1] == eos:\n                children.append((written, score, h))\n                continue\n"
 BEAMS = [
     *changes("generate.py", "steps", "beam",
-        ("20 grow", "growing", ENDED, ""),
-        ("20 dropped", "dropped", ENDED, ENDED.replace("children.append((written, score, h))", "pass")),
+        ("20 grow", "not kept", ENDED, ""),
+        ("20 dropped", "not kept", ENDED, ENDED.replace("children.append((written, score, h))", "pass")),
         ("21 one state", "state", "        for written, score, h in beams:", "        for written, score, _ in beams:"),
         ("22 counted twice", "twice", "score + value, h", "score + score + value, h"),
         ("23 worst", "worst", "beams[0][0]", "beams[-1][0]"),
@@ -215,14 +215,14 @@ BEAMS = [
         ("25 greedy", "greedy", "beams = children[:k]", "beams = children[:1]"),
         ("state lost", "state is lost", "h = rnn.one_step(emb(torch.tensor([written[-1]])), h)", "h = rnn(emb(torch.tensor([written[-1]]))[None])[-1]")),
     *changes("generate.py", "inside", "beam",
-        ("20 grow", "growing", "            if codes[-1] == eos:\n                children", "            if codes[-1] < 0:\n                children"),
+        ("20 grow", "not kept", "            if codes[-1] == eos:\n                children", "            if codes[-1] < 0:\n                children"),
         ("22 counted twice", "twice", "score + logp[i].item()", "2 * score + logp[i].item()"),
         ("23 worst", "worst", "return [(code2string(codes), score) for codes, score in beams]", "return code2string(beams[0][0])"),
         ("24 not accumulated", "accumulated", "score + logp[i].item()", "logp[i].item()"),
         ("25 greedy", "greedy", "[-k:]", "[-1:]")),
     *changes("generate.py", "lists", "beam",
         ("21 not re-indexed", "reordered", "h[rows]", "h[torch.arange(len(rows)) % len(h)]"),
-        ("20 dropped", "", "return [start + code2string(w) for s, w in sorted(ended, reverse=True)]",
+        ("20 dropped", "not kept", "return [start + code2string(w) for s, w in sorted(ended, reverse=True)]",
          "return [start + code2string(w) for s, w in sorted(zip(scores.tolist(), written), reverse=True)] or ['']"),
         ("23 worst", "worst", "for s, w in sorted(ended, reverse=True)]", "for s, w in sorted(ended)][0]"),
         ("24 not accumulated", "accumulated", " + scores[:, None]", "")),
@@ -232,7 +232,7 @@ BEAMS = [
         ("25 greedy", "greedy", "topk(min(k, total.numel()))", "topk(1)")),
     *changes("generate.py", "attribute", "beam",
         ("22 counted twice", "twice", "new.append((p * q[c].item()", "new.append((p * p * q[c].item()"),
-        ("20 grow", "growing", "if eos in s:", "if not s and eos in s:")),
+        ("20 grow", "not kept", "if eos in s:", "if not s and eos in s:")),
 ]  # fmt: skip
 
 NUCLEI = [
@@ -259,3 +259,32 @@ NUCLEI = [
 ]  # fmt: skip
 
 MISTAKES = [*LOADER, *LOSS, *GENERATE, *EMBEDDING, *RNNS, *LSTMS, *GRUS, *BEAMS, *NUCLEI]
+
+
+# ------------------------------------------------------------------------------------ right variants
+
+
+def right(style: str, name: str = "as it is", *edits) -> Change:
+    """A right solution: a style, or one with text replaced by something as right."""
+    return Change(f"{style} {name}", style, "", "", edits)
+
+
+RIGHT_VARIANTS = [
+    *[right(style) for style in STYLES],
+    right("steps", "pad_sequence", "textloader.py", "    longest = max(len(s) for s in samples)\n", "    from torch.nn.utils.rnn import pad_sequence\n",
+          "    columns = [s.tolist() + [EOS_IX] + [PAD_IX] * (longest - len(s)) for s in samples]\n    return torch.tensor(columns).t()",
+          "    return pad_sequence([torch.cat([s, torch.tensor([EOS_IX])]) for s in samples])"),
+    right("steps", "sorted by length", "textloader.py", "for s in samples]\n    return", "for s in sorted(samples, key=len)]\n    return"),
+    right("steps", "greedy, stops before EOS", "generate.py", "Categorical(logits=decoder(h)).sample()", "decoder(h).argmax(-1)"),
+    right("steps", "nucleus keeps sorted pairs", "generate.py", "        return q / q.sum(-1, keepdim=True)",
+          "        return sorted_p / sorted_p.sum(-1, keepdim=True), order"),
+    right("steps", "one_step only", "tp5.py", "    def forward(self, x, h=None):\n        if h is None:\n            h = torch.zeros(x.shape[1], self.dim_hidden)\n        states = []\n        for xt in x:\n            h = self.one_step(xt, h)\n            states.append(h)\n        return torch.stack(states)\n", ""),
+    right("steps", "training under main", "tp5.py", "\ndata = DataLoader", "\nif __name__ == '__main__':\n  data = DataLoader",
+          "\nemb = ", "\n  emb = ", "\nrnn = ", "\n  rnn = ", "\noptim = ", "\n  optim = ", "\nfor epoch in range(100):\n    for x", "\n  for epoch in range(100):\n    for x"),
+    right("inside", "time first", "tp5.py", "x.size(1)", "x.size(0)", "x[:, t]", "x[t]", "dim=1), h", "dim=0), h", "dim=1), state", "dim=0), state"),
+    right("lists", "new weights", "tp5.py", "torch.zeros(hidden, inp)", "torch.randn(hidden, inp) * 0.1"),
+    right("lists", "tanh", "tp5.py", "torch.relu(", "torch.tanh("),
+    right("fused", "mean", "tp4.py", "].sum()", "].mean()"),
+    right("fused", "z admits the old state", "tp4.py", "h = (1 - z) * h + z * new", "h = z * h + (1 - z) * new"),
+    right("attribute", "memory named c", "tp5.py", "self.C", "self.c"),
+]  # fmt: skip

@@ -117,8 +117,9 @@ def defined(tree: ast.Module) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, kinds)} & set(NAMES)
 
 
-def read_folder(folder: Path) -> list[Source]:
+def read_folder(folder) -> list[Source]:
     """The files of the solution, the handout's first: those beside the file with most of its names."""
+    folder = Path(folder)
     paths = [path for path in sorted(folder.rglob("*.py")) if path.is_file() and path.stat().st_size < 10**6]
     paths = [
         path for path in paths
