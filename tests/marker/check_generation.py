@@ -397,8 +397,6 @@ ENDED_MISTAKE = "ended hypotheses are not kept: they go on growing, or are dropp
 MIXED = "the states of the hypotheses are lost or mixed up"
 
 BEAM_MISTAKES = {
-    "grow": ENDED_MISTAKE,
-    "drop": ENDED_MISTAKE,
     "greedy": "it is greedy: k is ignored",
     "double": "a parent's probability is counted twice",
     "last": "the scores are not accumulated: only the last symbol counts",
@@ -406,6 +404,8 @@ BEAM_MISTAKES = {
     "shared": "all hypotheses share one state",
     "lost": "the state is lost after each step",
     "worst": "the worst of the k hypotheses is returned",
+    "grow": ENDED_MISTAKE,
+    "drop": ENDED_MISTAKE,
     "length": "",  # scores by length are a choice, not a mistake
 }
 
@@ -525,8 +525,8 @@ def beam_mistake(outcomes, symbols: Symbols) -> str:
             ends = set()
             for lead in symbols.leads:
                 beams = search(model, lead + symbols.codes(test.prompt), symbols.eos, test.k, test.maxlen, mistake)
-                ends.add(symbols.text(beams[0]).split(EOS_SIGN)[0][:4] if beams else "")
-            here = any(text.split(EOS_SIGN)[0][:4] in ends for text in texts)
+                ends.add(symbols.text(beams[0]).split(EOS_SIGN)[0][:6] if beams else "")
+            here = any(text.split(EOS_SIGN)[0][:6] in ends for text in texts)
             explained += here
             failing += here and not finds(test, texts)
         if failing and explained > most:

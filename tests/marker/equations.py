@@ -89,7 +89,7 @@ def maps_of(layers, e: int, h: int, extra=(), in_order: bool = False) -> list[Ma
                 hs.append((label, w, b))
     hs += [(name, w, zero) for name, w in extra]
     pairs = list(zip(xs, hs, strict=False)) if len(xs) == len(hs) else []
-    if not in_order and len(xs) * len(hs) <= 40:
+    if not in_order and len(xs) * len(hs) <= 64:
         pairs += [pair for pair in itertools.product(xs, hs) if not any(pair[0] is p and pair[1] is q for p, q in pairs)]
     found += [Map(f"{x[0]} and {h_[0]}", x[1], h_[1], x[2], h_[2]) for x, h_ in pairs]
     return found
@@ -224,7 +224,7 @@ def match_lstm(maps: list[Map], x, h0, c0, states) -> tuple[str, str] | None:
         return None
     a = torch.stack([m(x[0], h0) for m in maps])  # (n, B, H), first step: C was c0
     best = None
-    for form in LSTM_FORMS:
+    for form in LSTM_FORMS if len(maps) <= 20 else LSTM_FORMS[:1]:
         gate, candidate, out = (ACTIVATIONS[name] for name in form)
         s = gate(a)
         c1 = s[:, None] * candidate(a)[None]  # (i, c)

@@ -19,7 +19,7 @@ class Change:
     style     which solution
     question  the one that the mistake belongs to; "" if the variant is right
     words     what the report must say of it
-    edits     (file, old, new, old, new, …), each old exactly once in the file (or anywhere: "*" before)
+    edits     (file, old, new, old, new, …), …
     """
 
     name: str
@@ -30,18 +30,18 @@ class Change:
 
     def write(self, folder: Path) -> Path:
         """Write the folder."""
-        return write(self.style, folder, self.edits)
+        return write(self.style, folder, *self.edits)
 
 
-def write(style: str, folder: Path, edits: tuple = ()) -> Path:
+def write(style: str, folder: Path, *edits: tuple) -> Path:
     """Write a solution of a style, with some text replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {path.name.removesuffix(".txt"): path for path in (SOLUTIONS / style).iterdir() if path.is_file()}
     texts = {name: path.read_text(encoding="utf-8") for name, path in {"textloader.py": SOLUTIONS / "textloader.py", **own}.items()}
-    changes = edits[1:]
-    for old, new in zip(changes[::2], changes[1::2], strict=True):
-        assert old in texts[edits[0]], f"{style}/{edits[0]} has no {old!r}"
-        texts[edits[0]] = texts[edits[0]].replace(old, new)
+    for file, *pairs in edits:
+        for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+            assert old in texts[file], f"{style}/{file} has no {old!r}"
+            texts[file] = texts[file].replace(old, new)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return folder
@@ -49,7 +49,7 @@ def write(style: str, folder: Path, edits: tuple = ()) -> Path:
 
 def changes(file: str, style: str, question: str, *rows) -> list[Change]:
     """Several changes of one file of one style: rows of (name, words, old, new, …)."""
-    return [Change(f"{name} [{style}]", style, question, words, (file, *edits)) for name, words, *edits in rows]
+    return [Change(f"{name} [{style}]", style, question, words, ((file, *edits),)) for name, words, *edits in rows]
 
 
 LOADER = changes("textloader.py", "steps", "batches",
@@ -271,20 +271,23 @@ def right(style: str, name: str = "as it is", *edits) -> Change:
 
 RIGHT_VARIANTS = [
     *[right(style) for style in STYLES],
-    right("steps", "pad_sequence", "textloader.py", "    longest = max(len(s) for s in samples)\n", "    from torch.nn.utils.rnn import pad_sequence\n",
+    right("steps", "pad_sequence", ("textloader.py", "    longest = max(len(s) for s in samples)\n", "    from torch.nn.utils.rnn import pad_sequence\n",
           "    columns = [s.tolist() + [EOS_IX] + [PAD_IX] * (longest - len(s)) for s in samples]\n    return torch.tensor(columns).t()",
-          "    return pad_sequence([torch.cat([s, torch.tensor([EOS_IX])]) for s in samples])"),
-    right("steps", "sorted by length", "textloader.py", "for s in samples]\n    return", "for s in sorted(samples, key=len)]\n    return"),
-    right("steps", "greedy, stops before EOS", "generate.py", "Categorical(logits=decoder(h)).sample()", "decoder(h).argmax(-1)"),
-    right("steps", "nucleus keeps sorted pairs", "generate.py", "        return q / q.sum(-1, keepdim=True)",
-          "        return sorted_p / sorted_p.sum(-1, keepdim=True), order"),
-    right("steps", "one_step only", "tp5.py", "    def forward(self, x, h=None):\n        if h is None:\n            h = torch.zeros(x.shape[1], self.dim_hidden)\n        states = []\n        for xt in x:\n            h = self.one_step(xt, h)\n            states.append(h)\n        return torch.stack(states)\n", ""),
-    right("steps", "training under main", "tp5.py", "\ndata = DataLoader", "\nif __name__ == '__main__':\n  data = DataLoader",
-          "\nemb = ", "\n  emb = ", "\nrnn = ", "\n  rnn = ", "\noptim = ", "\n  optim = ", "\nfor epoch in range(100):\n    for x", "\n  for epoch in range(100):\n    for x"),
-    right("inside", "time first", "tp5.py", "x.size(1)", "x.size(0)", "x[:, t]", "x[t]", "dim=1), h", "dim=0), h", "dim=1), state", "dim=0), state"),
-    right("lists", "new weights", "tp5.py", "torch.zeros(hidden, inp)", "torch.randn(hidden, inp) * 0.1"),
-    right("lists", "tanh", "tp5.py", "torch.relu(", "torch.tanh("),
-    right("fused", "mean", "tp4.py", "].sum()", "].mean()"),
-    right("fused", "z admits the old state", "tp4.py", "h = (1 - z) * h + z * new", "h = z * h + (1 - z) * new"),
-    right("attribute", "memory named c", "tp5.py", "self.C", "self.c"),
+          "    return pad_sequence([torch.cat([s, torch.tensor([EOS_IX])]) for s in samples])")),
+    right("steps", "sorted by length", ("textloader.py", "for s in samples]\n    return", "for s in sorted(samples, key=len)]\n    return")),
+    right("steps", "greedy, stops before EOS", ("generate.py", "Categorical(logits=decoder(h)).sample()", "decoder(h).argmax(-1)")),
+    right("steps", "nucleus keeps sorted pairs", ("generate.py", "        return q / q.sum(-1, keepdim=True)",
+          "        return sorted_p / sorted_p.sum(-1, keepdim=True), order")),
+    right("attribute", "one_step only", ("tp5.py", "def forward(self, x, h)", "def one_step(self, x, h)"),
+          ("generate.py", "rnn(emb", "rnn.one_step(emb")),
+    right("steps", "training under main", ("tp5.py", "\ndata = DataLoader", "\nif __name__ == '__main__':\n  data = DataLoader",
+          "\nemb = ", "\n  emb = ", "\nrnn = ", "\n  rnn = ", "\noptim = ", "\n  optim = ", "\nfor epoch in range(100):\n    for x", "\n  for epoch in range(100):\n    for x")),
+    right("inside", "time first", ("tp5.py", "x.size(1)", "x.size(0)", "x[:, t]", "x[t]", "dim=1), h", "dim=0), h",
+          "dim=1), state", "dim=0), state"), ("generate.py", "torch.tensor([codes])", "torch.tensor([codes]).T",
+          "logits[0, -1]", "logits[-1, 0]")),
+    right("lists", "new weights", ("tp5.py", "torch.zeros(hidden, inp)", "torch.randn(hidden, inp) * 0.1")),
+    right("lists", "tanh", ("tp5.py", "torch.relu(", "torch.tanh(")),
+    right("fused", "mean", ("tp4.py", "].sum()", "].mean()")),
+    right("fused", "z admits the old state", ("tp4.py", "h = (1 - z) * h + z * new", "h = z * h + (1 - z) * new")),
+    right("attribute", "memory named c", ("tp5.py", "self.C", "self.c")),
 ]  # fmt: skip
