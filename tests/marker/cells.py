@@ -320,17 +320,38 @@ def reader(index) -> Callable:
     return read
 
 
+def sentence_calls(cell):
+    """(call, takes_state, "sequence"): ways to give a cell one sentence (T, E) after another."""
+    for s_form in (lambda h, c: (), lambda h, c: (h[None],), lambda h, c: (h,), lambda h, c: (h[None], c[None])):
+        def call(cell, i, s_form=s_form):
+            columns = []
+            for b in range(i.x.shape[1]):
+                result = tensors_in(cell(i.x[:, b].clone(), *s_form(i.h[b], i.c[b])))[0]
+                columns.append(result.reshape(-1, i.h.shape[-1])[-len(i.x) :])
+            return torch.stack(columns, 1)
+
+        if binds(cell.forward, (None, *s_form(torch.zeros(1), torch.zeros(1)))):
+            yield call, bool(s_form(torch.zeros(1), torch.zeros(1))), "sequence"
+
+
 def attempts(cell):
     """All ways to call a cell, the simplest first."""
     yield from itertools.islice(sequence_calls(cell), MOST_CALLS)
     yield from itertools.islice(step_calls(cell), 2 * MOST_CALLS)
+    yield from sentence_calls(cell)
 
 
-def recognise(kind: type, match: Callable, sizes: Sizes, errors: list, mistakes_too: bool = True) -> Recognised | None:
+class Errors(list):
+    """What was raised on the way, and how many states were compared with equations."""
+
+    compared = 0
+
+
+def recognise(kind: type, match: Callable, sizes: Sizes, errors: Errors) -> Recognised | None:
     """How a class is built and called, if what it computes matches equations; a right match wins over a wrong one.
 
     match   (cell, Inputs, states) → (equations, mistake) or None
-    errors  collects what was raised on the way
+    errors  collects what was raised
     """
     wrong, deadline = None, time.process_time() + SEARCH_SECONDS
     for construction, build in enumerate(constructions(kind, sizes)):
@@ -353,6 +374,7 @@ def recognise(kind: type, match: Callable, sizes: Sizes, errors: list, mistakes_
                 errors.append(error)
                 continue
             for index, states in readings(result, T, B, sizes.h, cell):
+                errors.compared += 1
                 key = (states * 1000).round().to(torch.int64).numpy().tobytes()
                 found = None if key in tried else match(cell, inputs, states)
                 tried.add(key)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import equations
-from .cells import B, H, Recognised, Sizes, example, readings, recognise, sequence_calls, weights_of
+from .cells import B, Errors, H, Recognised, Sizes, example, readings, recognise, sequence_calls, weights_of
 from .loader import Solution
 from .report import CANNOT_RUN, MISSING, NOT_JUDGED, RIGHT, Verdict, wrong
 from .sandbox import TookTooLong, time_limit
@@ -36,11 +36,11 @@ def matcher(which: str):
     return match
 
 
-def understand(kind: type, which: str, errors: list) -> Recognised | None:
+def understand(kind: type, which: str, errors: Errors) -> Recognised | None:
     """How a class is called and what it computes; E = H only if nothing runs otherwise."""
     found = recognise(kind, matcher(which), Sizes(), errors)
     if found is None or found.mistake:
-        square = recognise(kind, matcher(which), Sizes(e=H), []) if found is None else None
+        square = recognise(kind, matcher(which), Sizes(e=H), Errors()) if found is None else None
         found = found or square
         if square:
             found.sizes = Sizes(e=H)
@@ -123,7 +123,7 @@ def source_mistake(solution: Solution, name: str) -> str:
     return ""
 
 
-def why_not(solution: Solution, name: str, errors: list) -> Verdict:
+def why_not(solution: Solution, name: str, errors: Errors) -> Verdict:
     """The verdict on a class that never gave something to match: cannot run, or not judged."""
     own = [error for error in errors if own_fault(solution, error)]
     if own:
@@ -132,11 +132,11 @@ def why_not(solution: Solution, name: str, errors: list) -> Verdict:
             where = solution.skipped[first.name]
             return Verdict(NOT_JUDGED, f"it needs `{first.name}`, which {where} sets and the marker did not run")
         return Verdict(CANNOT_RUN, solution.where(first))
-    lines = {solution.where(error) for error in errors if "(" in solution.where(error)}
     if errors and (mistake := source_mistake(solution, name)):
         return wrong(mistake, solution.where(errors[-1]))
-    detail = f"no call was understood; the first: {solution.where(errors[0])}" if lines else "its states match no known equations"
-    return Verdict(NOT_JUDGED, detail)
+    if errors.compared or not errors:
+        return Verdict(NOT_JUDGED, "its states match no known equations")
+    return Verdict(NOT_JUDGED, f"no call was understood; the first: {solution.where(errors[0])}")
 
 
 def own_fault(solution: Solution, error: BaseException) -> bool:
@@ -167,7 +167,7 @@ def check_cell(solution: Solution, which: str) -> Verdict:
         return Verdict(CANNOT_RUN, f"the class could not be defined ({definition[0].name}:{definition[1].lineno})")
     if not issubclass(kind, nn.Module):
         return Verdict(NOT_JUDGED, "it is no nn.Module")
-    errors: list = []
+    errors = Errors()
     found = understand(kind, which, errors)
     if found is None:
         return why_not(solution, definition[1].name, errors)
