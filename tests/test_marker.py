@@ -22,7 +22,9 @@ def statuses(report) -> set[str]:
 
 def named(verdict, words: str) -> bool:
     """True if the verdict tells of the mistake in those words."""
-    return words in " ".join([verdict.detail, *verdict.warnings]) and (verdict.status != "right" or bool(verdict.warnings))
+    return words in " ".join([verdict.detail, *verdict.warnings]) and (
+        verdict.status != "right" or bool(verdict.warnings)
+    )
 
 
 def scripts(folder: Path) -> Path:
@@ -117,6 +119,8 @@ def test_whatever_a_folder_does_at_import_is_survived(tmp_path):
 
 def test_the_command_prints_a_line_a_question_and_fails_if_something_is_wrong(tmp_path):
     write("steps", tmp_path, ("textloader.py", "torch.tensor(columns).t()", "torch.tensor(columns)"))
+    for name in ("tp5.py", "generate.py"):
+        (tmp_path / name).unlink()
     command = [sys.executable, "-m", "tests.marker", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=200)
     assert done.returncode == 1, done.stderr

@@ -8,7 +8,9 @@ from .questions import mark
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.marker", description="Mark a student's folder, question by question.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.marker", description="Mark a student's folder, question by question."
+    )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a folder with the handout's files")
     folders = parser.parse_args().folders
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -101,7 +101,9 @@ def constructions(kind: type, sizes: Sizes):
         yield lambda: randomized(kind(sizes.e, sizes.h))
     choices = [options_for(name, parameter, sizes) for name, parameter in parameters]
     for values in itertools.islice(itertools.product(*choices), MOST_CONSTRUCTIONS):
-        keywords = {name: value for (name, p), value in zip(parameters, values, strict=True) if p.kind != p.POSITIONAL_ONLY}
+        keywords = {
+            name: value for (name, p), value in zip(parameters, values, strict=True) if p.kind != p.POSITIONAL_ONLY
+        }
         yield lambda keywords=keywords: randomized(kind(**keywords))
 
 
@@ -137,7 +139,9 @@ def example(cell, sizes: Sizes, seed: int = 0, t: int = T, b: int = B, state: fl
     """Random sentences for a cell, embedded by its own embedding if it has one."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(2, sizes.v, (t, b), generator=generator)
-    inner = next((emb for emb in embeddings_of(cell) if emb.embedding_dim == sizes.e and emb.num_embeddings >= sizes.v), None)
+    inner = next(
+        (emb for emb in embeddings_of(cell) if emb.embedding_dim == sizes.e and emb.num_embeddings >= sizes.v), None
+    )
     x = inner.weight.detach()[codes] if inner is not None else torch.randn(t, b, sizes.e, generator=generator)
     h, c = (torch.randn(2, b, sizes.h, generator=generator) * state).unbind()
     return Inputs(codes, x, h, c)
@@ -176,6 +180,7 @@ def sequence_calls(cell):
     """(call, takes_state, "sequence"): ways to give a cell whole sentences at once."""
     for x_form in input_forms(cell):
         for s_form in state_forms(one=False):
+
             def call(cell, i, x_form=x_form, s_form=s_form):
                 return cell(x_form(i).clone(), *s_form(i))
 
@@ -211,6 +216,7 @@ def step_calls(cell):
         first = next(iter(inspect.signature(function).parameters), "x").lower()
         orders = (True, False) if re.match(r"h|c$|state|hidden|prev", first) else (False,)
         for state_first, returned in itertools.product(orders, range(4)):
+
             def call(cell, i, method=method, x_form=x_form, s_form=s_form, state_first=state_first, returned=returned):
                 return step_by_step(getattr(cell, method), i, x_form, s_form, state_first, returned)
 
@@ -315,7 +321,7 @@ def reader(index) -> Callable:
 
     def read(result, t, b, h, cell):
         tensor = tensors_in(result)[index[0]]
-        return (undecoded(tensor, cell, t, b, h) if index[1] else arranged(tensor, t, b, h))
+        return undecoded(tensor, cell, t, b, h) if index[1] else arranged(tensor, t, b, h)
 
     return read
 
@@ -323,6 +329,7 @@ def reader(index) -> Callable:
 def sentence_calls(cell):
     """(call, takes_state, "sequence"): ways to give a cell one sentence (T, E) after another."""
     for s_form in (lambda h, c: (), lambda h, c: (h[None],), lambda h, c: (h,), lambda h, c: (h[None], c[None])):
+
         def call(cell, i, s_form=s_form):
             columns = []
             for b in range(i.x.shape[1]):

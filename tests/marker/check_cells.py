@@ -14,7 +14,11 @@ from .report import CANNOT_RUN, MISSING, NOT_JUDGED, RIGHT, Verdict, wrong
 from .sandbox import TookTooLong, time_limit
 
 MATCHERS = {"rnn": equations.match_rnn, "gru": equations.match_gru, "lstm": equations.match_lstm}
-LIKE = {"rnn": r"^_?(my|custom|vanilla|simple|char)?_?rnn", "lstm": r"^_?(my|custom|char)?_?lstm", "gru": r"^_?(my|custom|char)?_?gru"}
+LIKE = {
+    "rnn": r"^_?(my|custom|vanilla|simple|char)?_?rnn",
+    "lstm": r"^_?(my|custom|char)?_?lstm",
+    "gru": r"^_?(my|custom|char)?_?gru",
+}
 
 
 def matcher(which: str):
@@ -58,7 +62,9 @@ def given_state(found: Recognised, which: str, sizes: Sizes) -> str:
             continue
         try:
             with time_limit(), torch.no_grad():
-                with_state = [s for _, s in readings(call(copy.deepcopy(cell), inputs), *inputs.codes.shape, sizes.h, cell)]
+                with_state = [
+                    s for _, s in readings(call(copy.deepcopy(cell), inputs), *inputs.codes.shape, sizes.h, cell)
+                ]
                 without = [s for _, s in readings(call(copy.deepcopy(cell), zeros), *inputs.codes.shape, sizes.h, cell)]
         except BaseException:
             continue
@@ -102,7 +108,9 @@ def decode_mistake(cell, sizes: Sizes, solution: Solution) -> str:
         if not logits.isfinite().all() or logits.softmax(-1).amax(-1).min() > 0.99:
             return ""
         if logits.min() >= 0 and torch.allclose(logits.sum(-1), torch.ones(()), atol=1e-3):
-            takes_log = any(re.search(r"\bnll_loss|NLLLoss|\.log\(|torch\.log\b|log_prob", s.text) for s in solution.sources)
+            takes_log = any(
+                re.search(r"\bnll_loss|NLLLoss|\.log\(|torch\.log\b|log_prob", s.text) for s in solution.sources
+            )
             return "" if takes_log else "decode applies softmax, and the loss applies it again"
         bounded = "tanh or sigmoid" if logits.abs().max() <= 1.001 else "some function"
         if logits.abs().max() > 1.001:
@@ -144,7 +152,9 @@ def own_fault(solution: Solution, error: BaseException) -> bool:
     if "(" not in solution.where(error):
         return False
     if isinstance(error, TypeError):
-        return bool(re.search(r"__init__\(\) missing|takes \d+ positional|unexpected keyword", str(error))) and in_source(solution, error)
+        return bool(
+            re.search(r"__init__\(\) missing|takes \d+ positional|unexpected keyword", str(error))
+        ) and in_source(solution, error)
     return isinstance(error, (NameError, AttributeError, TookTooLong)) and in_source(solution, error)
 
 

@@ -79,14 +79,20 @@ def layout_mistake(batch, samples, pad: int, eos: int) -> str:
     if any(eos not in column for column in got):
         return "EOS is missing after the longest sentence"
     if any(pad in column[: column.index(eos)] for column in got):
-        return "EOS comes after the padding" if all(column[-1] == eos for column in got) else "padding stands before EOS"
+        return (
+            "EOS comes after the padding" if all(column[-1] == eos for column in got) else "padding stands before EOS"
+        )
     return "the layout is not: sentence, EOS, padding"
 
 
 def check_batches(solution: Solution) -> Verdict:
     """Question 1: pad_collate_fn, and the sentences of TextDataset."""
     function = solution.find("pad_collate_fn", r"collate")
-    if function is None or solution.definition("pad_collate_fn", r"collate") is None or empty(solution, "pad_collate_fn", "collate"):
+    if (
+        function is None
+        or solution.definition("pad_collate_fn", r"collate") is None
+        or empty(solution, "pad_collate_fn", "collate")
+    ):
         return Verdict(MISSING)
     pad, eos = solution.value("PAD_IX", 0), solution.value("EOS_IX", 1)
     lost = dataset_mistake(solution)
@@ -106,7 +112,9 @@ def check_batches(solution: Solution) -> Verdict:
     mistake = layout_mistake(result, samples, pad, eos)
     if mistake:
         expected = [[*s, eos, *[pad] * (3 - len(s))] for s in samples]
-        return wrong(mistake, f"sentences {samples}, T × B: expected {transposed(expected)}, got {result.long().tolist()}")
+        return wrong(
+            mistake, f"sentences {samples}, T × B: expected {transposed(expected)}, got {result.long().tolist()}"
+        )
     verdict = Verdict(RIGHT)
     if result.dtype not in (torch.int64, torch.int32):
         verdict.warnings.append(f"the batch is {str(result.dtype)[6:]}, not int64: nn.Embedding takes integers only")
@@ -339,7 +347,11 @@ def called(node) -> str:
 
 def names_in(node) -> set[str]:
     """The names and attributes that an expression mentions."""
-    return {getattr(n, "id", None) or getattr(n, "attr", None) for n in ast.walk(node) if isinstance(n, (ast.Name, ast.Attribute))}
+    return {
+        getattr(n, "id", None) or getattr(n, "attr", None)
+        for n in ast.walk(node)
+        if isinstance(n, (ast.Name, ast.Attribute))
+    }
 
 
 def is_embedding(node) -> bool:
@@ -381,7 +393,11 @@ def optimised(trees, embedding: str) -> bool:
                 carriers |= names
     for tree in trees:
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and is_optimiser(node) and any(names_in(a) & carriers for a in arguments(node)):
+            if (
+                isinstance(node, ast.Call)
+                and is_optimiser(node)
+                and any(names_in(a) & carriers for a in arguments(node))
+            ):
                 return True
     return False
 
@@ -392,10 +408,13 @@ def arguments(call: ast.Call) -> list:
 
 def is_optimiser(call: ast.Call) -> bool:
     """Adam(…), optim.SGD(…), optimizer.add_param_group(…), or any call handed `….parameters()`."""
-    hands_parameters = any(isinstance(n, ast.Call) and called(n) == "parameters" for a in arguments(call) for n in ast.walk(a))
+    hands_parameters = any(
+        isinstance(n, ast.Call) and called(n) == "parameters" for a in arguments(call) for n in ast.walk(a)
+    )
     name = called(call)
     return name in ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "add_param_group") or (
-        hands_parameters and name not in ("clip_grad_norm_", "list", "chain", "clip_grad_value_"))
+        hands_parameters and name not in ("clip_grad_norm_", "list", "chain", "clip_grad_value_")
+    )
 
 
 def check_embedding(solution: Solution) -> Verdict:
@@ -406,7 +425,10 @@ def check_embedding(solution: Solution) -> Verdict:
     for source in sources:
         for function in [n for n in ast.walk(source.tree) if isinstance(n, ast.FunctionDef)]:
             if function.name in ("forward", "one_step", "decode", "generate", "generate_beam"):
-                fresh = fresh or next(((source, n) for n in ast.walk(function) if isinstance(n, ast.Call) and called(n) == "Embedding"), None)
+                fresh = fresh or next(
+                    ((source, n) for n in ast.walk(function) if isinstance(n, ast.Call) and called(n) == "Embedding"),
+                    None,
+                )
         for node in ast.walk(source.tree):
             if isinstance(node, ast.Assign):
                 embeddings += [(source, target) for target, value in pairs_of(node) if is_embedding(value)]
@@ -422,7 +444,9 @@ def check_embedding(solution: Solution) -> Verdict:
     for source, target in embeddings:
         name = getattr(target, "id", None) or getattr(target, "attr", "")
         if isinstance(target, ast.Name) and not optimised(trees, name):
-            verdict.warnings.append(f"`{name}` ({source.name}:{target.lineno}) is in no optimiser: the embedding stays random")
+            verdict.warnings.append(
+                f"`{name}` ({source.name}:{target.lineno}) is in no optimiser: the embedding stays random"
+            )
             verdict.mistakes.append("embedding outside the optimiser")
     return verdict
 
@@ -431,7 +455,11 @@ def ignores_eos(solution: Solution) -> str:
     """Where the loss is told to leave EOS out, or ""."""
     for source in solution.sources:
         for node in ast.walk(source.tree):
-            if isinstance(node, ast.Call) and called(node) in ("maskedCrossEntropy", "CrossEntropyLoss", "cross_entropy"):
+            if isinstance(node, ast.Call) and called(node) in (
+                "maskedCrossEntropy",
+                "CrossEntropyLoss",
+                "cross_entropy",
+            ):
                 padding = [k.value for k in node.keywords if k.arg in ("padcar", "ignore_index")]
                 padding += node.args[2:3] if called(node) == "maskedCrossEntropy" else []
                 if any(getattr(p, "id", None) == "EOS_IX" for p in padding):

@@ -46,7 +46,12 @@ def linear_layers(cell) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
 
 def raw_layers(cell, weights: dict, e: int, h: int) -> list[list[tuple[str, torch.Tensor, torch.Tensor | None]]]:
     """The weights that are plain parameters, with their biases allotted in each plausible way."""
-    linear = {f"{n}.{p}" for n, m in cell.named_modules() if isinstance(m, (nn.Linear, nn.Embedding)) for p in ("weight", "bias")}
+    linear = {
+        f"{n}.{p}"
+        for n, m in cell.named_modules()
+        if isinstance(m, (nn.Linear, nn.Embedding))
+        for p in ("weight", "bias")
+    }
     raw = {name: w.detach() for name, w in weights.items() if name not in linear}
     matrices, sizes = [], (e, h, e + h)
     for name, w in raw.items():
@@ -76,7 +81,9 @@ def maps_of(layers, e: int, h: int, extra=(), in_order: bool = False) -> list[Ma
     xs, hs = [], []
     for name, weight, bias in layers:
         parts = chunks(weight, h) or ([weight] if weight.shape[0] == e + h else [])
-        biases = [torch.zeros(len(parts[0]))] * len(parts) if bias is None else bias.split(len(parts[0])) if parts else []
+        biases = (
+            [torch.zeros(len(parts[0]))] * len(parts) if bias is None else bias.split(len(parts[0])) if parts else []
+        )
         for k, (w, b) in enumerate(zip(parts, biases, strict=False)):
             label = f"{name}[{k}]" if len(parts) > 1 else name
             nothing = torch.zeros(len(w))
@@ -90,7 +97,9 @@ def maps_of(layers, e: int, h: int, extra=(), in_order: bool = False) -> list[Ma
     hs += [(name, w, zero) for name, w in extra]
     pairs = list(zip(xs, hs, strict=False)) if len(xs) == len(hs) else []
     if not in_order and len(xs) * len(hs) <= 64:
-        pairs += [pair for pair in itertools.product(xs, hs) if not any(pair[0] is p and pair[1] is q for p, q in pairs)]
+        pairs += [
+            pair for pair in itertools.product(xs, hs) if not any(pair[0] is p and pair[1] is q for p, q in pairs)
+        ]
     found += [Map(f"{x[0]} and {h_[0]}", x[1], h_[1], x[2], h_[2]) for x, h_ in pairs]
     return found
 

@@ -69,6 +69,7 @@ class Solution:
     modules: dict[str, ModuleType] = field(default_factory=dict)
     repairs: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # name -> file:line of the statement that was not run
+    endless: set[str] = field(default_factory=set)  # file:line of statements that used up their time
 
     def find(self, name: str, like: str = ""):
         """The object that the folder calls `name` (or, failing that, whose name matches `like`), or None."""
@@ -92,7 +93,9 @@ class Solution:
         """`error` in one line, with file, line and text of the student's statement that raised it."""
         files = {source.name: source for source in self.sources}
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
-        what = "it does not end" if isinstance(error, TookTooLong) else f"{type(error).__name__}: {error}".split("\n")[0]
+        what = (
+            "it does not end" if isinstance(error, TookTooLong) else f"{type(error).__name__}: {error}".split("\n")[0]
+        )
         if not frames:
             return what[:160]
         line = files[frames[-1].filename].text.split("\n")[frames[-1].lineno - 1].strip()
@@ -130,8 +133,9 @@ def runnable(node: ast.stmt, solution: Solution, classes: set[str]) -> bool:
 class Loader:
     """Runs the files of a folder statement by statement; a sibling's import loads that sibling."""
 
-    def __init__(self, sources: list[Source]):
+    def __init__(self, sources: list[Source], endless: set[str]):
         self.solution = Solution(sources, repairs=[repair for source in sources for repair in source.repairs])
+        self.solution.endless |= endless
         self.by_stem = {source.stem: source for source in sources if source.stem not in sys.stdlib_module_names}
         self.classes = {n.name for s in sources for n in s.tree.body if isinstance(n, ast.ClassDef)}
 
@@ -161,18 +165,21 @@ class Loader:
             for alias in node.names:
                 self.import_one(node, alias, source, module)
             return
-        if runnable(node, self.solution, self.classes):
+        place = f"{source.name}:{node.lineno}"
+        if runnable(node, self.solution, self.classes) and place not in self.solution.endless:
             try:
                 code = compile(ast.Module([NoCuda().visit(node)], []), source.name, "exec")
                 with time_limit(STATEMENT_SECONDS):
                     exec(code, vars(module))
                 return
             except BaseException as error:
+                if isinstance(error, TookTooLong):
+                    self.solution.endless.add(place)
                 if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                    self.solution.repairs.append(f"{source.name}:{node.lineno}: {node.name}: {self.solution.where(error)}")
+                    self.solution.repairs.append(f"{place}: {node.name}: {self.solution.where(error)}")
                     self.run_without_calls(node, source, module)
         for name in targets(node):
-            self.solution.skipped[name] = f"{source.name}:{node.lineno}"
+            self.solution.skipped[name] = place
 
     def run_without_calls(self, node, source: Source, module: ModuleType) -> None:
         """A class whose body fails, with its methods alone."""
@@ -213,7 +220,8 @@ class Loader:
             if sibling != source.stem and "tensorboard" not in name:
                 what = name if alias.name == "*" or whole else f"{name}.{alias.name}"
                 self.solution.repairs.append(
-                    f"{source.name}:{node.lineno}: {what} is not there ({type(error).__name__}); a stand-in was given")
+                    f"{source.name}:{node.lineno}: {what} is not there ({type(error).__name__}); a stand-in was given"
+                )
 
     def complete_imports(self) -> None:
         """After a circular import, names that a sibling did not have yet."""
@@ -223,7 +231,11 @@ class Loader:
                     sibling = self.solution.modules[node.module.split(".")[-1]]
                     names = vars(sibling) if node.names[0].name == "*" else [alias.name for alias in node.names]
                     for name in names:
-                        if name in vars(sibling) and isinstance(vars(module).get(name, Stub()), Stub) and name[0] != "_":
+                        if (
+                            name in vars(sibling)
+                            and isinstance(vars(module).get(name, Stub()), Stub)
+                            and name[0] != "_"
+                        ):
                             vars(module)[name] = vars(sibling)[name]
 
     def package(self, name: str) -> ModuleType:
@@ -244,11 +256,14 @@ def only_cpu() -> None:
     torch.Tensor.cuda = nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
-def load_solution(sources: list[Source]) -> Solution:
-    """Load all files of a folder that hold something of the handout, and what they import."""
+def load_solution(sources: list[Source], endless: set[str] = frozenset()) -> Solution:
+    """Load all files of a folder that hold something of the handout, and what they import.
+
+    endless  file:line of statements that an earlier loading found to take too long
+    """
     only_cpu()
     builtins.input = lambda *args: (_ for _ in ()).throw(EOFError("the marker types nothing"))
-    loader = Loader(sources)
+    loader = Loader(sources, endless)
     for stem in loader.by_stem:
         sys.modules.pop(stem, None)
     for stem, source in loader.by_stem.items():

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a table of texts)
 """Folders for the marker's own tests: right solutions in several styles, and each with one mistake.
 
 `solutions/` holds six plain solutions that differ in every interface the marker has to find out. A
@@ -37,7 +38,10 @@ def write(style: str, folder: Path, *edits: tuple) -> Path:
     """Write a solution of a style, with some text replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {path.name.removesuffix(".txt"): path for path in (SOLUTIONS / style).iterdir() if path.is_file()}
-    texts = {name: path.read_text(encoding="utf-8") for name, path in {"textloader.py": SOLUTIONS / "textloader.py", **own}.items()}
+    texts = {
+        name: path.read_text(encoding="utf-8")
+        for name, path in {"textloader.py": SOLUTIONS / "textloader.py", **own}.items()
+    }
     for file, *pairs in edits:
         for old, new in zip(pairs[::2], pairs[1::2], strict=True):
             assert old in texts[file], f"{style}/{file} has no {old!r}"

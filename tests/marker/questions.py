@@ -24,25 +24,27 @@ CHECKS = {
 }
 
 
-def answer(question: str, sources: list[Source]) -> Verdict:
+def answer(question: str, sources: list[Source], endless: set[str] = frozenset()) -> Verdict:
     """Load a folder and answer one question; for a process of its own."""
-    return CHECKS[question](load_solution(sources))
+    return CHECKS[question](load_solution(sources, endless))
 
 
-def repairs(sources: list[Source]) -> list[str]:
-    """What has to be repaired in order to load a folder; for a process of its own."""
-    return load_solution(sources).repairs
+def survey(sources: list[Source]) -> tuple[list[str], set[str]]:
+    """What has to be repaired in order to load a folder, and which statements take too long; for a process of its own."""
+    solution = load_solution(sources)
+    return solution.repairs, solution.endless
 
 
 def mark(folder) -> Report:
     """The report on a student's folder. Its files are only read."""
     sources = read_folder(Path(folder))
     report, start = Report(str(folder)), time.monotonic()
-    found = run(repairs, sources)
-    report.repairs = list(dict.fromkeys(found)) if isinstance(found, list) else [f"loading it: {found.detail}"]
+    found = run(survey, sources)
+    repairs, endless = found if isinstance(found, tuple) else ([f"loading it: {found.detail}"], set())
+    report.repairs = list(dict.fromkeys(repairs))
     for question in QUESTIONS:
         if time.monotonic() - start > SECONDS:
             report.verdicts[question] = Verdict(NOT_JUDGED, "the folder's time was up")
         else:
-            report.verdicts[question] = run(answer, question, sources)
+            report.verdicts[question] = run(answer, question, sources, endless)
     return report

@@ -45,12 +45,14 @@ class Rigged:
             states = self.found.states(copy.deepcopy(self.cell), inputs)
         return torch.stack([states[len(p) - 1, b] for b, p in enumerate(prefixes)])
 
-    def log_probs(self, prefix: Prefix) -> torch.Tensor:
-        """Log-probabilities of the next symbol after a prefix."""
-        if prefix not in self.known:
+    def log_probs(self, prefixes: list[Prefix]) -> list[torch.Tensor]:
+        """Log-probabilities of the next symbol after each prefix."""
+        unknown = list(dict.fromkeys(p for p in prefixes if p not in self.known))
+        if unknown:
             with torch.no_grad():
-                self.known[prefix] = self.linear(self.states([prefix]))[0].log_softmax(-1)
-        return self.known[prefix]
+                rows = self.linear(self.states(unknown)).log_softmax(-1)
+            self.known.update(zip(unknown, rows, strict=True))
+        return [self.known[p] for p in prefixes]
 
     def decoder(self, cell):
         """What to hand over as decoder, with that copy of the cell."""

@@ -94,7 +94,9 @@ def parse(name: str, text: str) -> Source:
             if isinstance(error, SyntaxError) and fill_empty_body(lines, error):
                 continue
             first, last = block_around(lines, number - 1)
-            repairs.append(f"{name}:{number}: {getattr(error, 'msg', error)}; lines {first + 1}-{last + 1} were left out")
+            repairs.append(
+                f"{name}:{number}: {getattr(error, 'msg', error)}; lines {first + 1}-{last + 1} were left out"
+            )
             lines[first : last + 1] = [""] * (last + 1 - first)
         except (RecursionError, MemoryError):
             break
