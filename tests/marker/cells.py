@@ -328,7 +328,7 @@ def reader(index) -> Callable:
 
 def sentence_calls(cell):
     """(call, takes_state, "sequence"): ways to give a cell one sentence (T, E) after another."""
-    for s_form in (lambda h, c: (), lambda h, c: (h[None],), lambda h, c: (h,), lambda h, c: (h[None], c[None])):
+    for s_form in (lambda h, c: (), lambda h, c: (h[None],), lambda h, c: (h[None], c[None])):
 
         def call(cell, i, s_form=s_form):
             columns = []

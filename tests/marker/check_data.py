@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from .check_cells import in_source
 from .loader import Solution
@@ -259,7 +258,7 @@ def loss_fails(solution: Solution, errors: list) -> Verdict:
     if called:
         where = f"{definition[0].name}:{called[0].lineno}"
         return wrong("CrossEntropyLoss(output, target, …) builds a loss, it does not compute one",
-                     f"it raises in every layout of the arguments; {where}: {solution.where((own or errors)[0])}")  # fmt: skip
+                     f"it raises in every layout; {where}: {solution.where((own or errors)[0])}")  # fmt: skip
     if own:
         return Verdict(CANNOT_RUN, f"in no layout of output and target: {solution.where(own[0])}")
     return Verdict(NOT_JUDGED, solution.where(errors[0]) if errors else "")
@@ -305,8 +304,8 @@ def name_loss(function, results) -> Verdict:
     mean, total = right_losses(output, target)[:2]
     for result in results.values():
         if isinstance(result, torch.Tensor) and result.numel() > 1:
-            return wrong("it is not reduced to one number", f"{example}: expected {mean:.4f} (mean) or {total:.4f} (sum), "
-                         f"got a tensor of shape {tuple(result.shape)}")  # fmt: skip
+            expected = f"expected {mean:.4f} (mean) or {total:.4f} (sum)"
+            return wrong("it is not reduced to one number", f"{example}: {expected}, got shape {tuple(result.shape)}")
     found = {way: number(result) for way, result in results.items() if number(result) is not None}
     if not found:
         return Verdict(NOT_JUDGED, f"it returns {type(next(iter(results.values()))).__name__}")

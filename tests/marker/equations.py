@@ -172,10 +172,9 @@ def match_rnn(maps: list[Map], x, h0, states) -> tuple[str, str] | None:
 # ---------------------------------------------------------------------------------------------- LSTM
 
 # (gates, candidate, what multiplies the output gate), the right one first
-LSTM_FORMS = [("sigmoid", "tanh", "tanh")] + [
-    form for form in itertools.product(("sigmoid", "softmax", "tanh"), ("tanh", "none", "sigmoid", "relu"), ("tanh", "none", "sigmoid"))
-    if form != ("sigmoid", "tanh", "tanh")
-]  # fmt: skip
+LSTM_FORMS = list(
+    itertools.product(("sigmoid", "softmax", "tanh"), ("tanh", "none", "sigmoid", "relu"), ("tanh", "none", "sigmoid"))
+)
 
 
 def lstm_mistake(form, layers: dict[str, Map], forgotten: str) -> str:
@@ -202,15 +201,9 @@ def lstm_rest(maps, form, chosen, f: int, x, h0, c0, states, memory: str):
     o, i, c_ = chosen
     h, c = h0, c0
     for t in range(len(states)):
-        if memory == "kept":
-            previous = c
-        else:
-            previous = torch.zeros_like(c)
-        if memory == "h for C":
-            previous = h
+        previous = {"lost": torch.zeros_like(c), "h for C": h}.get(memory, c)
         h_in = torch.zeros_like(h) if memory == "h lost" else h
         forget = torch.ones_like(c) if f < 0 else gate(maps[f](x[t], h_in))
-        previous = c if memory == "h lost" else previous
         c = forget * previous + gate(maps[i](x[t], h_in)) * candidate(maps[c_](x[t], h_in))
         h = gate(maps[o](x[t], h_in)) * out(c)
         if not same(h, states[t]):

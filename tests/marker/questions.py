@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from . import check_cells, check_data, check_generation
+from . import check_beam, check_cells, check_data, check_generate, check_nucleus
 from .loader import load_solution
 from .report import NOT_JUDGED, QUESTIONS, Report, Verdict
 from .sandbox import run
@@ -14,13 +14,13 @@ SECONDS = 50  # of one folder; what comes later is not judged
 CHECKS = {
     "batches": check_data.check_batches,
     "loss": check_data.check_loss,
-    "generate": check_generation.check_generate,
+    "generate": check_generate.check_generate,
     "embedding": check_data.check_embedding,
     "rnn": lambda solution: check_cells.check_cell(solution, "rnn"),
     "lstm": lambda solution: check_cells.check_cell(solution, "lstm"),
     "gru": lambda solution: check_cells.check_cell(solution, "gru"),
-    "beam": check_generation.check_beam,
-    "nucleus": check_generation.check_nucleus,
+    "beam": check_beam.check_beam,
+    "nucleus": check_nucleus.check_nucleus,
 }
 
 
@@ -30,7 +30,7 @@ def answer(question: str, sources: list[Source], endless: set[str] = frozenset()
 
 
 def survey(sources: list[Source]) -> tuple[list[str], set[str]]:
-    """What has to be repaired in order to load a folder, and which statements take too long; for a process of its own."""
+    """What has to be repaired to load a folder, and what takes too long; for a process of its own."""
     solution = load_solution(sources)
     return solution.repairs, solution.endless
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from .cells import Inputs, Recognised, Sizes, constructions, embeddings_of, weights_of
-from .equations import same  # noqa: F401
 
 EMBEDDING, HIDDEN = 24, 88
 NEVER = -30.0  # the log-probability of what a tree does not name

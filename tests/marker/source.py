@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NAMES = (
-    "maskedCrossEntropy", "pad_collate_fn", "TextDataset", "RNN", "LSTM", "GRU", "generate", "generate_beam", "p_nucleus",
+    "maskedCrossEntropy", "pad_collate_fn", "TextDataset", "RNN", "LSTM", "GRU",
+    "generate", "generate_beam", "p_nucleus",
 )  # fmt: skip
 MAIN_FILES = ("tp5", "tp4", "textloader", "generate")
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "node_modules", "venv", "env", "tests", "test"}
