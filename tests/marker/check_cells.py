@@ -9,16 +9,11 @@ from torch import nn
 
 from . import equations
 from .cells import B, Errors, H, Recognised, Sizes, example, readings, recognise, sequence_calls, weights_of
-from .loader import Solution
+from .loader import Solution, empty, in_source
 from .report import CANNOT_RUN, MISSING, NOT_JUDGED, RIGHT, Verdict, wrong
 from .sandbox import TookTooLong, time_limit
 
 MATCHERS = {"rnn": equations.match_rnn, "gru": equations.match_gru, "lstm": equations.match_lstm}
-LIKE = {
-    "rnn": r"^_?(my|custom|vanilla|simple|char)?_?rnn",
-    "lstm": r"^_?(my|custom|char)?_?lstm",
-    "gru": r"^_?(my|custom|char)?_?gru",
-}
 
 
 def matcher(which: str):
@@ -119,9 +114,9 @@ def decode_mistake(cell, sizes: Sizes, solution: Solution) -> str:
     return ""
 
 
-def source_mistake(solution: Solution, name: str) -> str:
+def source_mistake(solution: Solution, which: str) -> str:
     """What the source shows of a cell that cannot run: x and h put one above the other."""
-    definition = solution.definition(name)
+    definition = solution.definition(which)
     text = "" if definition is None else "\n".join(
         definition[0].text.split("\n")[definition[1].lineno - 1 : definition[1].end_lineno])  # fmt: skip
     if re.search(r"torch\.(cat|concat)\(\s*[\[(][^\])]*[\])]\s*(,\s*(dim|axis)?\s*=?\s*0\s*)?\)", text):
@@ -131,7 +126,7 @@ def source_mistake(solution: Solution, name: str) -> str:
     return ""
 
 
-def why_not(solution: Solution, name: str, errors: Errors) -> Verdict:
+def why_not(solution: Solution, which: str, errors: Errors) -> Verdict:
     """The verdict on a class that never gave something to match: cannot run, or not judged."""
     own = [error for error in errors if own_fault(solution, error)]
     if own:
@@ -140,7 +135,7 @@ def why_not(solution: Solution, name: str, errors: Errors) -> Verdict:
             where = solution.skipped[first.name]
             return Verdict(NOT_JUDGED, f"it needs `{first.name}`, which {where} sets and the marker did not run")
         return Verdict(CANNOT_RUN, solution.where(first))
-    if errors and (mistake := source_mistake(solution, name)):
+    if errors and (mistake := source_mistake(solution, which)):
         return wrong(mistake, solution.where(errors[-1]))
     if errors.compared or not errors:
         return Verdict(NOT_JUDGED, "its states match no known equations")
@@ -158,21 +153,11 @@ def own_fault(solution: Solution, error: BaseException) -> bool:
     return isinstance(error, (NameError, AttributeError, TookTooLong)) and in_source(solution, error)
 
 
-def in_source(solution: Solution, error: BaseException) -> bool:
-    """True if the innermost frame of an error is the student's own."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename in {s.name for s in solution.sources}
-
-
 def check_cell(solution: Solution, which: str) -> Verdict:
     """The verdict on a class."""
-    name = which.upper()
-    definition = solution.definition(name, LIKE[which])
-    kind = solution.find(name, LIKE[which])
-    if definition is None or nothing_of_its_own(definition[1], solution):
+    if empty(solution, which):
         return Verdict(MISSING)
+    definition, kind = solution.definition(which), solution.find(which)
     if not isinstance(kind, type):
         return Verdict(CANNOT_RUN, f"the class could not be defined ({definition[0].name}:{definition[1].lineno})")
     if not issubclass(kind, nn.Module):
@@ -180,7 +165,7 @@ def check_cell(solution: Solution, which: str) -> Verdict:
     errors = Errors()
     found = understand(kind, which, errors)
     if found is None:
-        return why_not(solution, definition[1].name, errors)
+        return why_not(solution, which, errors)
     sizes = getattr(found, "sizes", Sizes())
     mistakes = [found.mistake]
     if not found.mistake:
@@ -190,13 +175,5 @@ def check_cell(solution: Solution, which: str) -> Verdict:
     mistakes.append(decode_mistake(found.build(), sizes, solution))
     mistakes = [mistake for mistake in mistakes if mistake]
     if mistakes:
-        place = f"{definition[0].name}:{definition[1].lineno}"
-        return wrong("; ".join(mistakes), f"{place}, seen on {sizes.e} inputs, {sizes.h} states, 4 steps from zeros")
+        return wrong("; ".join(mistakes), f"seen on {sizes.e} inputs, {sizes.h} states, 4 steps from zeros")
     return Verdict(RIGHT, "" if found.equations.lower().startswith((which, "h =")) else f"({found.equations} inside)")
-
-
-def nothing_of_its_own(node, solution: Solution) -> bool:
-    """True for an empty class, and for one that only inherits."""
-    from .source import is_empty
-
-    return is_empty(node)

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .check_cells import in_source
-from .loader import Solution
+from .loader import Solution, empty, in_source
 from .report import CANNOT_RUN, MISSING, NOT_JUDGED, RIGHT, Verdict, wrong
 from .sandbox import time_limit
 
@@ -16,22 +15,29 @@ from .sandbox import time_limit
 TEXT = "C'est. Un. Test."  # the handout's example
 
 
+def sentences(solution: Solution, text: str) -> list | None:
+    """The items of the folder's TextDataset, or None if it gives none."""
+    kind = solution.find("dataset")
+    try:
+        with time_limit():
+            dataset = kind(text)
+            return [dataset[i] for i in range(len(dataset))]
+    except BaseException:
+        return None  # the dataset is the handout's own, not asked for
+
+
 def dataset_mistake(solution: Solution) -> Verdict | None:
     """Sentences that TextDataset loses, or None."""
-    kind = solution.find("TextDataset")
-    if kind is None:
-        return None
     for text, count in ((TEXT, 3), ("Un. Un. Deux. Trois. Quatre.", 5)):
-        try:
-            with time_limit():
-                dataset = kind(text)
-                got = len(dataset)
-                [dataset[i] for i in range(got)]
-        except BaseException as error:
-            return Verdict(CANNOT_RUN, f"TextDataset({text!r}): {solution.where(error)}")
-        if got != count:
-            return wrong("sentences are lost", f"len(TextDataset({text!r})): expected {count}, got {got}")
+        found = sentences(solution, text)
+        if found is not None and len(found) < count:
+            return wrong("sentences are lost", f"len(TextDataset({text!r})): expected {count}, got {len(found)}")
     return None
+
+
+def ends_with(samples, eos: int) -> bool:
+    """True if a dataset's sentences end with EOS already."""
+    return bool(samples) and torch.is_tensor(samples[0]) and samples[0].dim() == 1 and int(samples[0][-1]) == eos
 
 
 def collated(solution: Solution, function, samples):
@@ -86,20 +92,15 @@ def layout_mistake(batch, samples, pad: int, eos: int) -> str:
 
 def check_batches(solution: Solution) -> Verdict:
     """Question 1: pad_collate_fn, and the sentences of TextDataset."""
-    function = solution.find("pad_collate_fn", r"collate")
-    if (
-        function is None
-        or solution.definition("pad_collate_fn", r"collate") is None
-        or empty(solution, "pad_collate_fn", "collate")
-    ):
+    if empty(solution, "batches"):
         return Verdict(MISSING)
+    function = solution.find("batches")
     pad, eos = solution.value("PAD_IX", 0), solution.value("EOS_IX", 1)
     lost = dataset_mistake(solution)
     if lost:
         return lost
     samples = [[12, 13, 14], [15], [16, 17]]
-    kind = solution.find("TextDataset")
-    ended = kind is not None and int(torch.as_tensor(kind(TEXT)[0])[-1]) == eos  # their dataset adds EOS
+    ended = ends_with(sentences(solution, TEXT), eos)  # then pad_collate_fn shall not add it
     tensors = [torch.tensor([*s, eos] if ended else s) for s in samples]
     result = collated(solution, function, tensors)
     if isinstance(result, BaseException):
@@ -123,14 +124,6 @@ def check_batches(solution: Solution) -> Verdict:
 
 def transposed(rows: list[list[int]]) -> list[list[int]]:
     return [list(row) for row in zip(*rows, strict=True)]
-
-
-def empty(solution: Solution, name: str, like: str) -> bool:
-    """True if a definition is missing or does nothing."""
-    from .source import is_empty
-
-    definition = solution.definition(name, like)
-    return definition is None or is_empty(definition[1])
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -249,7 +242,7 @@ def loss_results(solution: Solution, function):
 
 def loss_fails(solution: Solution, errors: list) -> Verdict:
     """The verdict on a loss that raises in every layout."""
-    definition = solution.definition("maskedCrossEntropy", r"mask\w*cross")
+    definition = solution.definition("loss")
     own = [error for error in errors if in_source(solution, error) or "(" in solution.where(error)]
     called = [
         call for call in ast.walk(definition[1]) if isinstance(call, ast.Call) and len(call.args) >= 2
@@ -266,9 +259,9 @@ def loss_fails(solution: Solution, errors: list) -> Verdict:
 
 def check_loss(solution: Solution) -> Verdict:
     """Question 2: maskedCrossEntropy."""
-    if empty(solution, "maskedCrossEntropy", r"mask\w*cross"):
+    if empty(solution, "loss"):
         return Verdict(MISSING)
-    function = solution.find("maskedCrossEntropy", r"mask\w*cross")
+    function = solution.find("loss")
     if isinstance(function, type) or not callable(function):
         return Verdict(NOT_JUDGED, "it is no function")
     results, errors = loss_results(solution, function)
@@ -297,25 +290,33 @@ def holds(function, layout: str, third: int) -> bool:
     return True
 
 
+def smallest(function, way) -> str:
+    """The smallest example that shows a wrong loss: targets, expected, got."""
+    for lengths in ((2, 1), (4, 2, 1)):
+        output, target = loss_example(0, lengths)
+        got, (mean, total) = number(call_loss(function, *way, output, target)), right_losses(output, target)[:2]
+        if got is None or not (close(got, mean) or close(got, total)):
+            break
+    seen = "more than one number" if got is None else f"{got:.4f}"
+    expected = f"expected {mean:.4f} (mean) or {total:.4f} (sum)"
+    return f"targets {target.T.tolist()} (B × T, 0 is padding): {expected}, got {seen}"
+
+
 def name_loss(function, results) -> Verdict:
     """The verdict on a loss that runs and is wrong."""
     output, target = loss_example(0)
-    example = f"targets {target.T.tolist()} (B × T, 0 is padding)"
-    mean, total = right_losses(output, target)[:2]
-    for result in results.values():
+    for way, result in results.items():
         if isinstance(result, torch.Tensor) and result.numel() > 1:
-            expected = f"expected {mean:.4f} (mean) or {total:.4f} (sum)"
-            return wrong("it is not reduced to one number", f"{example}: {expected}, got shape {tuple(result.shape)}")
+            return wrong("it is not reduced to one number", smallest(function, way))
     found = {way: number(result) for way, result in results.items() if number(result) is not None}
     if not found:
         return Verdict(NOT_JUDGED, f"it returns {type(next(iter(results.values()))).__name__}")
-    for got in found.values():
+    for way, got in found.items():
         for mistake, value in wrong_losses(output, target):
             if close(got, value.item()):
-                return wrong(mistake, f"{example}: expected {mean:.4f} (mean) or {total:.4f} (sum), got {got:.4f}")
-    (layout, third), got = next(iter(found.items()))
-    return wrong(depends_on_padding(function, layout, third),
-                 f"{example}: expected {mean:.4f} (mean) or {total:.4f} (sum), got {got:.4f}")  # fmt: skip
+                return wrong(mistake, smallest(function, way))
+    way = next(iter(found))
+    return wrong(depends_on_padding(function, *way), smallest(function, way))
 
 
 def depends_on_padding(function, layout: str, third: int) -> str:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .check_data import empty
 from .generation import Unclear
-from .loader import Solution
+from .loader import Solution, empty
 from .report import CANNOT_RUN, MISSING, NOT_JUDGED, RIGHT, Verdict, wrong
 from .sandbox import captured, time_limit
 
@@ -158,10 +157,9 @@ def runs(make, p: torch.Tensor) -> bool:
 
 def check_nucleus(solution: Solution) -> Verdict:
     """Question 7: p_nucleus."""
-    like = r"nucleus"
-    if empty(solution, "p_nucleus", like):
+    if empty(solution, "nucleus"):
         return Verdict(MISSING)
-    make, p, answers = solution.find("p_nucleus", like), torch.tensor(P), {}
+    make, p, answers = solution.find("nucleus"), torch.tensor(P), {}
     if not runs(make, p):  # perhaps it takes the whole alphabet only
         whole = torch.cat([p, torch.full((93,), 1e-9)])
         p = whole if runs(make, whole) else p

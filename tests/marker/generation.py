@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .cells import Errors, Recognised, reader
-from .check_cells import LIKE, in_source, understand
-from .loader import Solution
+from .check_cells import understand
+from .loader import Solution, in_source
 from .report import CANNOT_RUN, MISSING, NOT_JUDGED, Verdict
 from .rigging import HIDDEN, Rigged
 from .sandbox import captured, time_limit
@@ -47,7 +47,7 @@ def cells_of(solution: Solution) -> list[tuple[str, Recognised]]:
     """The student's cells that are understood, right or wrong, then torch.nn's."""
     found = []
     for which in ("rnn", "gru", "lstm"):
-        kind = solution.find(which.upper(), LIKE[which])
+        kind = solution.find(which)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             recognised = understand(kind, which, Errors())
             if recognised is not None:

@@ -25,6 +25,20 @@ WORK = re.compile(
 )
 
 
+# The handout's name for each answer, and what students call it otherwise.
+DEFINITIONS = {
+    "batches": ("pad_collate_fn", r"collate"),
+    "dataset": ("TextDataset", ""),
+    "loss": ("maskedCrossEntropy", r"mask\w*cross"),
+    "generate": ("generate", r"^generate_?(text|greedy|sentence|n|1|one)?$"),
+    "rnn": ("RNN", r"^_?(my|custom|vanilla|simple|char)?_?rnn"),
+    "lstm": ("LSTM", r"^_?(my|custom|char)?_?lstm"),
+    "gru": ("GRU", r"^_?(my|custom|char)?_?gru"),
+    "beam": ("generate_beam", r"beam"),
+    "nucleus": ("p_nucleus", r"nucleus"),
+}
+
+
 class Stub:
     """Stands for whatever a missing package would give: can be called, indexed, iterated, derived from."""
 
@@ -71,18 +85,20 @@ class Solution:
     skipped: dict[str, str] = field(default_factory=dict)  # name -> file:line of the statement that was not run
     endless: set[str] = field(default_factory=set)  # file:line of statements that used up their time
 
-    def find(self, name: str, like: str = ""):
-        """The object that the folder calls `name` (or, failing that, whose name matches `like`), or None."""
-        found = self.definition(name, like)
+    def find(self, question: str):
+        """The object that answers a question, or None."""
+        found = self.definition(question)
         return vars(self.modules[found[0].stem]).get(found[1].name) if found else None
 
-    def definition(self, name: str, like: str = ""):
-        """(source, node) of a definition; an empty one only if there is no other."""
+    def definition(self, question: str):
+        """(source, node) of what answers a question, or None; an empty definition only if there is no other."""
+        name, like = DEFINITIONS[question]
         kinds = (ast.FunctionDef, ast.ClassDef)
-        nodes = [(s, node) for s in self.sources for node in reversed(s.tree.body) if isinstance(node, kinds)]
+        sources = [source for source in self.sources if source.stem in self.modules]
+        nodes = [(s, node) for s in sources for node in reversed(s.tree.body) if isinstance(node, kinds)]
         exact = [pair for pair in nodes if pair[1].name == name]
         alike = [pair for pair in nodes if like and re.search(like, pair[1].name, re.IGNORECASE)]
-        filled = [pair for pair in exact if not is_empty(pair[1])] + [pair for pair in alike if not is_empty(pair[1])]
+        filled = [pair for pair in [*exact, *alike] if not is_empty(pair[1])]
         return next(iter([*filled, *exact]), None)
 
     def value(self, name: str, default):
@@ -100,6 +116,20 @@ class Solution:
             return what[:160]
         line = files[frames[-1].filename].text.split("\n")[frames[-1].lineno - 1].strip()
         return f"{what[:160]} ({frames[-1].filename}:{frames[-1].lineno}: {line[:80]})"
+
+
+def in_source(solution: Solution, error: BaseException) -> bool:
+    """True if the innermost frame of an error is the student's own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename in {s.name for s in solution.sources}
+
+
+def empty(solution: Solution, question: str) -> bool:
+    """True if the answer to a question is missing or does nothing."""
+    definition = solution.definition(question)
+    return definition is None or is_empty(definition[1])
 
 
 def calls_work(node: ast.AST, solution: Solution, classes: set[str]) -> bool:

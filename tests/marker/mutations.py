@@ -232,7 +232,7 @@ BEAMS = [
         ("24 not accumulated", "accumulated", " + scores[:, None]", "")),
     *changes("generate.py", "fused", "beam",
         ("21 not re-indexed", "reordered", "state = pick(state, rows)", "state = pick(state, torch.arange(len(rows)) % len(rows.unique()))"),
-        ("23 worst", "worst", "code2string(max(done)[1])", "code2string(min(done)[1])"),
+        ("23 worst", "worst", "code2string(max(done)[1])", "code2string(sorted(done)[-k:][0][1])"),
         ("25 greedy", "greedy", "topk(min(k, total.numel()))", "topk(1)")),
     *changes("generate.py", "attribute", "beam",
         ("22 counted twice", "twice", "new.append((p * q[c].item()", "new.append((p * p * q[c].item()"),

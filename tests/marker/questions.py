@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 
 from . import check_beam, check_cells, check_data, check_generate, check_nucleus
-from .loader import load_solution
-from .report import NOT_JUDGED, QUESTIONS, Report, Verdict
+from .loader import DEFINITIONS, load_solution
+from .report import NOT_JUDGED, QUESTIONS, WRONG, Report, Verdict
 from .sandbox import run
 from .source import Source, read_folder
 
@@ -26,7 +26,12 @@ CHECKS = {
 
 def answer(question: str, sources: list[Source], endless: set[str] = frozenset()) -> Verdict:
     """Load a folder and answer one question; for a process of its own."""
-    return CHECKS[question](load_solution(sources, endless))
+    solution = load_solution(sources, endless)
+    verdict = CHECKS[question](solution)
+    if verdict.status == WRONG and question in DEFINITIONS:
+        source, node = solution.definition(question)
+        verdict.detail = f"{source.name}:{node.lineno}: {verdict.detail}"
+    return verdict
 
 
 def survey(sources: list[Source]) -> tuple[list[str], set[str]]:
