@@ -6,6 +6,7 @@ assignments of the layers found to their roles. Only what matches an equation, a
 wrong one, is judged.
 """
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -65,6 +66,7 @@ class Recognised:
     def states(self, cell, inputs: Inputs) -> torch.Tensor:
         """The states after each symbol, (T, B, H)."""
         t, b = inputs.codes.shape
+        prepare(cell, b)
         return self.reading(self.call(cell, inputs), t, b, inputs.h.shape[-1], cell)
 
 
@@ -128,6 +130,15 @@ def randomized(cell):
 
 
 # ---------------------------------------------------------------------------------------------- calls
+
+
+def prepare(cell, batch: int) -> None:
+    """Call a cell's own `init_hidden` or `reset_state`, where its state is an attribute."""
+    for name in dir(type(cell)):
+        if re.search(r"^(init|reset)_?(hid|state|h0|cell|mem)", name, re.IGNORECASE):
+            for arguments in ((), (batch,)):
+                with contextlib.suppress(Exception):
+                    getattr(cell, name)(*arguments)
 
 
 def embeddings_of(cell) -> list[nn.Embedding]:
@@ -376,6 +387,7 @@ def recognise(kind: type, match: Callable, sizes: Sizes, errors: Errors) -> Reco
             try:
                 with time_limit(), torch.no_grad():
                     fresh = copy.deepcopy(cell)
+                    prepare(fresh, B)
                     result = call(fresh, inputs)
             except BaseException as error:
                 errors.append(error)

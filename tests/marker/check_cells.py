@@ -150,6 +150,9 @@ def own_fault(solution: Solution, error: BaseException) -> bool:
         return bool(
             re.search(r"__init__\(\) missing|takes \d+ positional|unexpected keyword", str(error))
         ) and in_source(solution, error)
+    attribute = re.search(r"no attribute '(\w+)'", str(error))
+    if attribute and any(re.search(rf"self\.{attribute[1]}\b[^=\n]*=[^=]", s.text) for s in solution.sources):
+        return False  # another method sets it: perhaps one that the marker did not call
     return isinstance(error, (NameError, AttributeError, TookTooLong)) and in_source(solution, error)
 
 

@@ -69,11 +69,13 @@ class Symbols:
     @classmethod
     def of(cls, solution: Solution):
         tables = [vars(m).get("id2lettre") for m in solution.modules.values()]
+        tables = [dict(enumerate(t)) if isinstance(t, list) else t for t in tables]
         table = next((t for t in tables if isinstance(t, dict) and len(t) > 50), None)
         if table is None:
-            table = dict(enumerate(string.ascii_letters + string.punctuation + string.digits + " ", start=2))
-            table |= {0: "<PAD>", 1: "<EOS>"}
-        return cls(solution.value("PAD_IX", 0), solution.value("EOS_IX", 1), table)
+            letters = string.ascii_letters + string.punctuation + string.digits + " "
+            table = dict(enumerate(letters, start=2)) | {0: "<PAD>", 1: "<EOS>"}
+        rare = next((code for code, letter in table.items() if letter == "|"), 1)  # where no EOS is named
+        return cls(solution.value("PAD_IX", 0), solution.value("EOS_IX", rare), table)
 
     @property
     def count(self) -> int:
@@ -168,8 +170,9 @@ def arguments_for(function, values: dict) -> dict | None:
 def call(function, name: str, model: Rigged, symbols: Symbols, seed: int, **more):
     """What a generator returns (or prints) for a rigged model; raises what the last way raised."""
     error = None
-    starts = [more["start"], torch.tensor(symbols.codes(more["start"]))]
-    for start, eos in ((starts[0], symbols.eos), (starts[0], symbols.id2lettre[symbols.eos]), (starts[1], symbols.eos)):
+    text, codes = more["start"], torch.tensor(symbols.codes(more["start"]))
+    sign = symbols.id2lettre.get(symbols.eos, symbols.eos)
+    for start, eos in ((text, symbols.eos), (text, sign), (codes, symbols.eos)):
         cell = copy.deepcopy(model.cell)
         inner = next((m for m in cell.modules() if isinstance(m, nn.Embedding)), None)
         values = {

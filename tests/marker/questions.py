@@ -9,7 +9,7 @@ from .report import NOT_JUDGED, QUESTIONS, WRONG, Report, Verdict
 from .sandbox import run
 from .source import Source, read_folder
 
-SECONDS = 50  # of one folder; what comes later is not judged
+SECONDS = 30  # of one folder; what comes later is not judged
 
 CHECKS = {
     "batches": check_data.check_batches,

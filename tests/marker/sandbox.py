@@ -18,7 +18,7 @@ from pathlib import Path
 from .report import CANNOT_RUN, Verdict
 
 CPU_SECONDS = 15  # of one check
-WALL_SECONDS = 40
+WALL_SECONDS = 30
 CALL_SECONDS = 3  # of CPU, in one call of a student's function
 SPARE_MEMORY = 2**30  # bytes that a check may take
 
