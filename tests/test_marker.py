@@ -13,7 +13,7 @@ from marker.sandbox import run
 from marker.source import read_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = MISTAKES[::12]  # the others take minutes
+FAST = [change for change in MISTAKES if change.style in ("steps", "lists")][::9]  # all of them take minutes
 
 
 def statuses(report) -> set[str]:
