@@ -366,7 +366,7 @@ def number(kind, low, high):
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: must be from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be from {low:,} to {high:,}")
         return value
 
     parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse: "invalid number value"
@@ -400,16 +400,17 @@ def newest_checkpoint(name: str = "best.pt") -> Path:
 
 
 def facts(h: Hypothesis) -> str:
-    """Scores and certificate of a sentence."""
+    """Scores and certificate of a sentence, on a line each."""
     said = [f"{h.log_prob:.2f} nats", f"{-h.log_prob / math.log(2) / len(h.codes):.2f} bits per character"]
-    if abs(h.search_log_prob - h.log_prob) > 0.005:
-        said.insert(1, f"{h.search_log_prob:.2f} once narrowed")
+    narrowed = abs(h.search_log_prob - h.log_prob) > 0.005
+    if narrowed:
+        said.insert(1, f"{h.search_log_prob:.2f} with the options")
     said.append("ended" if h.ended else "cut at --maxlen")
-    if h.gap == 0:
-        said.append("proved: no other is likelier")
-    elif h.gap is not None:
-        said.append(f"another may be up to {h.gap:.2f} nats likelier")
-    return ", ".join(said)
+    certificate = ""
+    if h.gap is not None:
+        proof = "proved: no other is likelier" + (" with the options" if narrowed else "")
+        certificate = "\n    " + (f"another may be up to {h.gap:.2f} nats likelier" if h.gap else proof)
+    return ", ".join(said) + certificate
 
 
 def where_a_beam_loses(codes: bytes, k: int, parts, place, narrowing) -> str:
@@ -454,7 +455,8 @@ def show(options, parts) -> None:
     if not found:
         print("    nothing: --min-length, --nucleus and --top-k leave no sentence")
     if options.exact:
-        print(f"    searched for {time.perf_counter() - since:.1f} s")
+        gave_up = f", gave up after {options.budget:,} prefixes (--budget)" if found and found[0].gap else ""
+        print(f"    searched for {time.perf_counter() - since:.1f} s{gave_up}")
         if found and found[0].ended and found[0].gap == 0:
             print(f"    {where_a_beam_loses(found[0].codes, options.beam or 5, parts, place, narrowing)}")
 
@@ -472,7 +474,7 @@ def parse_options():
             help="the likeliest sentence, proved, and where a beam (of --beam K, else 5) loses it")
     add("--beam", type=width, metavar="K", help="beam search that keeps the K likeliest prefixes")
     add("--temperature", type=number(float, 0, 1000), metavar="T",
-        help="divide the logits by T: below 1 bolder, 0 is greedy")
+        help="divide the logits by T: below 1 safer, above 1 bolder, 0 is greedy")
     add("--top-k", type=width, metavar="N", help="only the N likeliest symbols")
     add("--nucleus", type=number(float, 1e-9, 1), metavar="ALPHA",
         help="only the likeliest symbols of mass ALPHA (after temperature and top-k)")

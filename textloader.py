@@ -93,13 +93,13 @@ def read_text(path) -> str:
     """The text of a UTF-8 file; LabError where it is missing, empty, binary or not UTF-8."""
     try:
         data = Path(path).read_bytes()
+        if b"\0" in data:
+            raise LabError(f"{path} is not a text file: NUL at byte {data.index(0)}")
         text = data.decode("utf-8").removeprefix("\ufeff")  # the byte-order mark
     except OSError as error:
         raise LabError(f"cannot read {path}: {error.strerror}; give a text file") from None
     except UnicodeDecodeError as error:
         raise LabError(f"{path} is not UTF-8: byte {error.start}; save it as UTF-8 first") from None
-    if b"\0" in data:
-        raise LabError(f"{path} is not a text file: NUL at byte {data.index(0)}")
     if not text.strip():
         raise LabError(f"{path} is empty: give a text file")
     return text

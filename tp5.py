@@ -341,8 +341,8 @@ def load_corpus(options) -> Corpus:
     print(textwrap.fill(f"left out: {left_out}", 79, subsequent_indent="  "))
     lost = dataset.dropped.total() / len(text)
     if count < 1000 or lost > 0.1:
-        little = f"{count:,} sentences, {lost:.0%} of the characters outside the alphabet"
-        print(f"warning: this is little to learn from: {little}", file=sys.stderr)
+        little = f"{count:,} sentences, {lost:.0%} of the characters left out"
+        print(f"warning: little to learn from: {little}", file=sys.stderr)
     return Corpus(train, valid, hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -588,7 +588,7 @@ class Training:
             self.writer = event_writer(self.folder, step=done.step)
         if done.step == 0:
             self.save("last.pt")  # a run killed before its first save can be resumed as well
-        layout = "{desc} {percentage:3.0f}%|{bar}| {postfix}, {remaining} left"
+        layout = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
         bar = tqdm(total=self.steps, initial=done.step, leave=False, disable=RANK > 0 or None,
                    dynamic_ncols=True, bar_format=layout)  # fmt: skip
         with bar:
@@ -629,10 +629,10 @@ class Training:
         }
         if not all(weight.isfinite().all() for weight in checkpoint["weights"].values()):
             raise self.diverged("a weight is not finite")
+        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         self.writer.flush()
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         with open(self.folder / f"{name}.half", "wb") as file:
             file.write(content.getbuffer())
             file.flush()
@@ -686,6 +686,8 @@ def load_checkpoint(file: Path) -> dict:
         if checkpoint["alphabet"] != LETTRES:
             raise ValueError("it was trained on another alphabet")
         weights, options = checkpoint["weights"], checkpoint["options"]
+        if options["model"] not in CELLS:
+            raise ValueError(f"its cell {options['model']!r} is not in CELLS")
         if not all(weight.is_contiguous() and weight.isfinite().all() for weight in weights.values()):
             raise ValueError("its weights are not finite numbers")
         options["embedding"] = weights["emb.weight"].shape[1]  # sizes are those of the weights
@@ -809,7 +811,7 @@ def named_units(model, loader) -> list[Unit]:
     return sorted([unit for unit in strongest if abs(unit.r) >= WEAKEST], key=lambda unit: -abs(unit.r))
 
 
-def picture(model, units: list[Unit], text: str, columns: int = 30):
+def picture(model, units: list[Unit], text: str, columns: int = 18):
     """Units on `text` as an image, uint8 (height, width, 3): a row a unit, each character on its value.
 
     Blue is negative, white 0, red positive. Below a memory unit that counts stand its gates f, i and
@@ -823,10 +825,10 @@ def picture(model, units: list[Unit], text: str, columns: int = 30):
         rows.append((label, values[unit.gate][1:, unit.number]))  # from the first character on
         if unit.gate == "C" and unit.feature.startswith("position") and "f" not in dict(rows):
             rows += [(gate, values[gate][1:, unit.number]) for gate in "fio"]
-    width, height, margin = 15, 27, 310  # of a character, of a row, of the labels; pixels
+    width, height, margin = 24, 36, 410  # of a character, of a row, of the labels; pixels
     blocks = -(-len(text) // columns)
     image = Image.new("RGB", (margin + width * columns, blocks * height * (len(rows) + 1)), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(17)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(22)
     for y, (label, row) in enumerate(rows):
         row = row / row.abs().max().clamp(min=1)
         for i, (char, value) in enumerate(zip(text, row.tolist(), strict=True)):
@@ -883,7 +885,7 @@ def write_flows(writer, found: dict[str, dict]) -> None:
     before, after = (found[when]["h"][-1].item() for when in ("at_start", "trained"))
     print(f"Gradient {len(norms) - 1} characters back: {before:.1e} at the start, {after:.1e} trained.")
     if after <= before:
-        print("It did not grow: this run is too short for the lesson of question 5.")
+        print("It did not grow: a run that is trained longer shows the lesson of question 5.")
 
 
 def look_inside(folder: Path, corpus: Corpus, text: str | None = None) -> None:
@@ -899,7 +901,8 @@ def look_inside(folder: Path, corpus: Corpus, text: str | None = None) -> None:
     sentences = [corpus.valid.dataset.sentences[i] for i in corpus.valid.indices]
     near_40 = sorted(sentences, key=lambda sentence: abs(len(sentence) - 40))
     for i, sentence in enumerate([text] if text else near_40[:3]):
-        writer.add_image("3_units/on_text", picture(model, units, sentence), i, dataformats="HWC")
+        tag = "3_units/look" if text else "3_units/on_text"
+        writer.add_image(tag, picture(model, units, sentence), i, dataformats="HWC")
     if not text:
         writer.add_text("units", found)
         matrices = recurrent_matrices({"at start": initial_model(options), "trained": model})
@@ -1027,7 +1030,7 @@ def command_parser() -> argparse.ArgumentParser:
     add("--lr", type=real, metavar="RATE", help=f"peak learning rate (default: {lr})")
     add("--clip", type=real, default=1.0, metavar="NORM", help="clip gradients to this norm; 0: off")
     add("--recurrent-scale", type=real, default=1.0, metavar="FACTOR",
-        help="on the initial recurrent matrices; 3 makes gradients explode: try --clip 0")
+        help="on the initial recurrent matrices; 3 makes an rnn's gradients explode")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the split, the weights, the shuffling")
     add("--maxlen", type=number(int, 1, 10_000), default=2000, metavar="N", help="leave out longer sentences")
     add("--maxsent", type=number(int, 2, 10**9), metavar="N", help="use the first N sentences only")
@@ -1084,7 +1087,7 @@ def begin(options, parser) -> None:
                 raise
             print(f"warning: {model}: {printable(error)}", file=sys.stderr)
             diverged.append(model)
-    if several and not RANK:
+    if several and not RANK and len(diverged) < len(models):
         compare(folder, comparable([folder]), corpus)
     if diverged:
         raise LabError(f"{', '.join(diverged)} did not come to an end, see above")

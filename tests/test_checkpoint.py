@@ -74,9 +74,7 @@ def test_flipped_bits(file, tmp_path, count):
 
 def test_truncated(file, tmp_path):
     whole, dice = file.read_bytes(), random.Random(0)
-    ends = {b + d for b in boundaries(whole) for d in (-1, 0, 1)} | {
-        dice.randrange(len(whole)) for _ in range(60)
-    }
+    ends = {b + d for b in boundaries(whole) for d in (-1, 0, 1)} | {dice.randrange(len(whole)) for _ in range(60)}
     cut = [whole[:end] for end in ends if 0 <= end < len(whole)]
     holes = [whole[: len(whole) // 2] + whole[len(whole) // 2 + n :] for n in (1, 64, 1000)]
     zeros = [whole[:start] + bytes(512) + whole[start + 512 :] for start in range(0, len(whole), 2048)]
@@ -134,9 +132,7 @@ def foreign(whole: bytes, good: dict, boom) -> dict[str, bytes]:
         "later version": saved({**good, "format": 99}),
         "another alphabet": saved({**good, "alphabet": "ab"}),
         "views of one": saved({**good, "weights": dict.fromkeys(weights, torch.zeros(1).expand(10**9))}),
-        "expanded": saved(
-            {**good, "weights": {n: torch.zeros(1).expand(t.shape) for n, t in weights.items()}}
-        ),
+        "expanded": saved({**good, "weights": {n: torch.zeros(1).expand(t.shape) for n, t in weights.items()}}),
         "meta": saved({**good, "weights": {n: t.to("meta") for n, t in weights.items()}}),
         "nan": saved({**good, "weights": {n: t * math.nan for n, t in weights.items()}}),
         "a weight less": saved({**good, "weights": dict([*weights.items()][1:])}),
@@ -165,20 +161,7 @@ def test_foreign_files_and_bombs(file, tmp_path):
     assert not boom.exists()
 
 
-HOSTILE = (
-    None,
-    True,
-    -1,
-    0,
-    10**6,
-    10**40,
-    math.nan,
-    "x",
-    [],
-    {},
-    torch.zeros(0),
-    torch.zeros(1).expand(10**9),
-)
+HOSTILE = (None, True, -1, 0, 10**6, 10**40, math.nan, "x", [], {}, torch.zeros(0), torch.zeros(1).expand(10**9))
 
 
 def places(value, path=()):

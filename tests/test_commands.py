@@ -46,9 +46,7 @@ def test_validation_loss_is_that_of_torch(runs, small, cell):
     model, nats, symbols = load_model(runs / cell / "best.pt"), 0.0, 0
     for sentence in valid_split(small):
         target = pad_collate_fn([sentence])
-        loss = torch.nn.functional.cross_entropy(
-            model(target).flatten(0, 1), target.flatten(), reduction="sum"
-        )
+        loss = torch.nn.functional.cross_entropy(model(target).flatten(0, 1), target.flatten(), reduction="sum")
         nats, symbols = nats + loss.item(), symbols + len(target)
     best = load_checkpoint(runs / cell / "best.pt")["progress"]["best"]
     assert nats / symbols == pytest.approx(best, rel=1e-5)
@@ -86,9 +84,7 @@ def test_bad_options(tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
     found = here("tp5.py", *options)
     refused(found, code=2)
-    assert all(word in found.stderr.splitlines()[-1].replace("10000", "10,000") for word in words), (
-        found.stderr
-    )
+    assert all(word in found.stderr.splitlines()[-1].replace("10000", "10,000") for word in words), found.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,12 +133,8 @@ def test_corpora_that_cannot_be_learned(tmp_path, data, words):
 def test_smallest_corpora_train(tmp_path, cell, text):
     (tmp_path / "small.txt").write_text(text, encoding="utf-8")
     options = ("--hidden", 1, "--embedding", 1, "--batch-size", 1, "--epochs", 1, "--clip", 0)
-    found = here(
-        "tp5.py", "--model", cell, "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *options
-    )
-    assert (
-        found.returncode == 0 and "1 to validate" in found.stdout and load_model(tmp_path / "run" / "best.pt")
-    )
+    found = here("tp5.py", "--model", cell, "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *options)
+    assert found.returncode == 0 and "1 to validate" in found.stdout and load_model(tmp_path / "run" / "best.pt")
     assert re.fullmatch("warning: .*[0-9]+ sentences.*\n", found.stderr)
 
 
@@ -151,9 +143,7 @@ def test_a_text_that_loses_much_is_warned_of(tmp_path):
     assert here("tp5.py", "--data", tmp_path / "text.txt", "--run", tmp_path / "a", *TINY).stderr == ""
     (tmp_path / "text.txt").write_text("Дом. It is. " * 1000, encoding="utf-8")
     found = here("tp5.py", "--data", tmp_path / "text.txt", "--run", tmp_path / "b", *TINY)
-    assert found.returncode == 0 and re.fullmatch(
-        "warning: .*2,000 sentences.*25% of .*alphabet\n", found.stderr
-    )
+    assert found.returncode == 0 and re.fullmatch("warning: .*2,000 sentences.*25% of .*alphabet\n", found.stderr)
 
 
 @posix
@@ -203,13 +193,7 @@ def test_paths_that_the_system_refuses(tmp_path, option):
     (tmp_path / "file").write_text("It is. So be it.", encoding="utf-8")
     (tmp_path / "loop").symlink_to("loop")
     script = "generate.py" if option == "--checkpoint" else "tp5.py"
-    for name in (
-        "file/there",
-        "loop/there",
-        "x" * 300,
-        "\x1b[31m\n" * 60,
-        os.fsdecode(b"\xe9/" + b"x" * 300),
-    ):
+    for name in ("file/there", "loop/there", "x" * 300, "\x1b[31m\n" * 60, os.fsdecode(b"\xe9/" + b"x" * 300)):
         refused(here(script, option, tmp_path / name))
 
 
@@ -224,10 +208,7 @@ def test_names_do_not_reach_the_terminal_raw(tmp_path):
     again = here("tp5.py", "--resume", folder / "run")
     looked = here("tp5.py", "--resume", folder / "run", "--look", "We can.")
     written = here("generate.py", "--checkpoint", folder / "run", "--greedy")
-    refusals = (
-        here("tp5.py", "--resume", folder / "none"),
-        here("tp5.py", "--resume", folder / "run", "--lr", 1),
-    )
+    refusals = (here("tp5.py", "--resume", folder / "none"), here("tp5.py", "--resume", folder / "run", "--lr", 1))
     for found in (trained, again, looked, written):
         assert found.returncode == 0, found.stderr
     for found in (trained, again, looked, written, *refusals):
@@ -302,9 +283,7 @@ def test_imports_do_no_work(tmp_path):
         "import tp5, generate, textloader; assert torch.get_num_threads() == before;"
         "assert 'tensorboard' not in sys.modules"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path
-    )
+    result = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 

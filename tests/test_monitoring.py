@@ -15,17 +15,7 @@ from test_commands import valid_split
 
 import tp5
 from textloader import EOS_IX, PAD_IX, TextDataset, pad_collate_fn, read_text, string2code
-from tp5 import (
-    CharModel,
-    Unit,
-    copied,
-    features,
-    gradient_flow,
-    load_checkpoint,
-    load_model,
-    named_units,
-    picture,
-)
+from tp5 import CharModel, Unit, copied, features, gradient_flow, load_checkpoint, load_model, named_units, picture
 
 TEXTS = ["The end of it all.", "It is.", 'So I said "no, never" to Bob.', "A b c d e f g h."]
 GATES = {"rnn": ["h"], "gru": ["z", "r", "candidate", "h"], "lstm": ["f", "i", "candidate", "o", "C", "h"]}
@@ -65,8 +55,7 @@ def one_lag_at_a_time(model, text: str, t: int, lags: int):
     states, wanted = states_after(model, text), [*string2code(text).tolist(), EOS_IX]
     loss = -model.decoder(states[t][0]).log_softmax(-1)[0, wanted[t]]
     slopes = (
-        torch.autograd.grad(loss, states[t - k], retain_graph=True, materialize_grads=True)
-        for k in range(lags + 1)
+        torch.autograd.grad(loss, states[t - k], retain_graph=True, materialize_grads=True) for k in range(lags + 1)
     )
     return torch.stack([torch.stack([slope.norm() for slope in of_lag]) for of_lag in slopes])
 
@@ -146,9 +135,7 @@ def test_picture_shows_each_unit_after_each_character():
     model, text = small_model("rnn").float(), 'So I "said".'
     units = [Unit("after a space", "h", 4, 0.5), Unit("in a number", "h", 1, -0.25)]
     image = picture(model, units, text).astype(int)
-    values = torch.cat([state for (state,) in states_after(model, text)[1:]])[
-        :, [4, 1]
-    ].T  # (units, characters)
+    values = torch.cat([state for (state,) in states_after(model, text)[1:]])[:, [4, 1]].T  # (units, characters)
     backgrounds = []
     for row in np.array_split(image[: image.shape[0] * 2 // 3], 2):
         line = row[1]  # above the letters
@@ -168,12 +155,8 @@ def test_copied_shares_are_those_of_plain_search():
     for texts in groups:
         found = copied(texts, corpus)
         for n in (16, 32):
-            pieces = [
-                text[i : i + n] for text in texts for i in range(len(text)) if len(text[i : i + n]) == n
-            ]
-            assert found[f"copied {n}"] == pytest.approx(
-                sum(p in corpus for p in pieces) / max(len(pieces), 1)
-            )
+            pieces = [text[i : i + n] for text in texts for i in range(len(text)) if len(text[i : i + n]) == n]
+            assert found[f"copied {n}"] == pytest.approx(sum(p in corpus for p in pieces) / max(len(pieces), 1))
     words = [copied(texts, corpus)["known"] for texts in groups]
     assert words == [6 / 8, 0, 1]  # all but "world" and "xyz"
 
@@ -182,14 +165,7 @@ def test_copied_shares_are_those_of_plain_search():
 def test_tensorboard_reads_every_tag(runs, cell):
     events = events_of(runs / cell)
     tags = events.Tags()
-    for words in (
-        ["loss/train"],
-        ["loss/validation"],
-        ["norm_before"],
-        ["clipped"],
-        ["learning_rate"],
-        ["per_second"],
-    ):
+    for words in (["loss/train"], ["loss/validation"], ["norm_before"], ["clipped"], ["learning_rate"], ["per_second"]):
         points = events.Scalars(one_tag([t for t in tags["scalars"] if "bits" not in t], *words))
         steps = [point.step for point in points]
         assert steps == sorted(set(steps)) and len(steps) >= 2, words
@@ -211,11 +187,7 @@ def test_tensorboard_reads_every_tag(runs, cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_flow_curves_are_log10_over_lags(runs, small, cell):
-    events, valid, model = (
-        events_of(runs / cell),
-        list(valid_split(small)),
-        load_model(runs / cell / "best.pt"),
-    )
+    events, valid, model = (events_of(runs / cell), list(valid_split(small)), load_model(runs / cell / "best.pt"))
     curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if "gradient_flow" in tag}
     assert len(curves) == 2 * len(model.rnn.states)
     longest = sorted(valid, key=lambda sentence: -len(sentence))[:64]
@@ -257,9 +229,7 @@ def test_tensorboard_lists_runs_without_empty_parents(runs):
 
 def rows_of(markdown: str) -> list[list[str]]:
     """The cells of all tables in a Markdown text."""
-    return [
-        [cell.strip() for cell in line[1:-1].split("|")] for line in markdown.splitlines() if line[:1] == "|"
-    ]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in markdown.splitlines() if line[:1] == "|"]
 
 
 def test_comparison_says_what_the_checkpoints_say(runs):
@@ -337,9 +307,7 @@ def test_a_cell_that_diverges_does_not_end_the_comparison(small, tmp_path, monke
     """Each is tried, what became of it is said, and what came to its end is compared."""
     losses = iter(range(10**6))
     loss = tp5.maskedCrossEntropy
-    monkeypatch.setattr(
-        tp5, "maskedCrossEntropy", lambda *a: loss(*a) * (math.nan if next(losses) < 3 else 1)
-    )
+    monkeypatch.setattr(tp5, "maskedCrossEntropy", lambda *a: loss(*a) * (math.nan if next(losses) < 3 else 1))
     found = here("tp5.py", "--model", "rnn", "gru", "--run", tmp_path / "all", *small, "--epochs", 1)
     assert found.returncode == 1 and "Traceback" not in found.stderr
     warning, last = found.stderr.splitlines()

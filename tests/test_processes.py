@@ -52,16 +52,7 @@ def test_a_failed_save_keeps_the_last_good_file(small, tmp_path):
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     size = (tmp_path / "whole" / "last.pt").stat().st_size - 1000
-    arguments = [
-        sys.executable,
-        "-c",
-        code,
-        str(size),
-        str(ROOT / "tp5.py"),
-        "--run",
-        str(tmp_path / "run"),
-        *small,
-    ]
+    arguments = [sys.executable, "-c", code, str(size), str(ROOT / "tp5.py"), "--run", str(tmp_path / "run"), *small]
     arguments += ["--histograms-every", "0", "--scalars-every", "0"]
     found = subprocess.run(arguments, capture_output=True, encoding="utf-8", timeout=200)
     refused(found, "File too large")
@@ -123,9 +114,7 @@ def test_two_processes_train_the_model_of_one(small, tmp_path):
     assert len(lines) == len(alone.stdout.splitlines())
     assert sum(line.startswith("epoch ") for line in lines) == 2
     assert len(list((tmp_path / "two").glob("*.pt"))) == 2
-    assert (
-        len(list((tmp_path / "two").glob("events*"))) == 2
-    )  # the curves, and the inside of the finished run
+    assert len(list((tmp_path / "two").glob("events*"))) == 2  # the curves, and the inside of the finished run
 
 
 @pytest.mark.slow

@@ -1,65 +1,140 @@
-"""The reference runs: they load, and their validation loss is the README's, computed again."""
+"""The README against the reference runs: its tables are theirs, its sentences hold, its example runs."""
 
-import math
 import re
+import shlex
 import shutil
 
 import pytest
-from conftest import CELLS, ROOT
+from conftest import CELLS, ROOT, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import generate
 import tp5
 from generate import newest_checkpoint
 
 REFERENCE = ROOT / "runs" / "reference"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMPARISON = (REFERENCE / "comparison" / "comparison.md").read_text(encoding="utf-8")
 
 
-def figures_of(cell: str) -> dict[str, float]:
-    """The row of a reference run in the README's first table."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    row = next(line for line in readme.splitlines() if line.startswith(f"| {cell} "))
-    names = ("parameters", "seconds", "speed", "train", "valid", "bits", "perplexity")
-    return dict(zip(names, (float(cell.replace(",", "")) for cell in row.split("|")[2:9]), strict=True))
+def rows(text: str) -> dict[tuple, list[str]]:
+    """The lines of Markdown tables, by the words and numbers of their first cells."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    return {tuple(row): row for row in cells}
+
+
+def lag_40(run: str, of: str, when: str) -> float:
+    """The gradient's norm 40 characters back."""
+    return float(next(row for row in rows(COMPARISON) if row[:3] == (run, of, when))[-1])
+
+
+def decoded(run: str, decoder: str) -> dict[str, float]:
+    """What a decoder's sentences are like."""
+    row = next(row for row in rows(COMPARISON) if row[:2] == (run, decoder) and len(row) == 7)
+    return dict(zip(("known", "copied 16", "copied 32", "ended", "length"), map(float, row[2:]), strict=True))
+
+
+def best_nats(cell: str) -> float:
+    return tp5.load_checkpoint(REFERENCE / cell / "best.pt")["progress"]["best"]
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_validation_loss_is_the_readmes(cell):
-    checkpoint, shown = tp5.load_checkpoint(REFERENCE / cell / "best.pt"), figures_of(cell)
-    options = tp5.command_parser().parse_args([])  # the documented command has the defaults
-    assert {**tp5.to_save(options), "model": cell, "data": "data/speeches.txt"} == checkpoint["options"]
-    _, valid, corpus = tp5.load_corpus(options)
-    assert corpus == checkpoint["corpus"]
-    nats = tp5.evaluate(tp5.load_model(REFERENCE / cell / "best.pt"), tp5.batches(valid, options, False), "cpu")
-    assert nats == pytest.approx(checkpoint["progress"]["best"], abs=1e-4)
-    assert shown["valid"] == pytest.approx(nats, abs=6e-4)
-    assert shown["bits"] == pytest.approx(nats / math.log(2), abs=6e-4)
-    assert shown["perplexity"] == pytest.approx(math.exp(nats), abs=6e-3)
-    assert shown["parameters"] == sum(weight.numel() for weight in checkpoint["weights"].values())
+def test_validation_loss_is_computed_again(cell):
+    checkpoint = tp5.load_checkpoint(REFERENCE / cell / "best.pt")
+    options = tp5.argparse.Namespace(**checkpoint["options"])
+    given = tp5.command_parser().parse_args([])  # the documented command has the defaults
+    for name, value in checkpoint["options"].items():
+        assert getattr(given, name) in (value, None) and (name != "data" or value is None)
+    corpus = tp5.load_corpus(options)
+    assert corpus.sha256 == checkpoint["sha256"]
+    nats = tp5.evaluate(tp5.model_of(checkpoint), tp5.batches(corpus.valid, options), "cpu")
+    assert nats == pytest.approx(best_nats(cell), abs=1e-4)
+    assert f"{nats:.3f}" in next(row for row in rows(README) if row[0] == cell and len(row) == 6)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_tags_that_the_readme_names_are_there(cell):
-    events = EventAccumulator(str(REFERENCE / cell), size_guidance={"scalars": 0}).Reload()
-    tags = {tag.removesuffix("/text_summary") for kind in ("scalars", "histograms", "images", "tensors")
-            for tag in events.Tags()[kind]}  # fmt: skip
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("| view | tags |") :].split("\n\n")[0]
-    for group, names in re.findall(r"`([\w/]+)/\{([\w, ]+)\}`", table):
-        if f"/{cell}" in group or not any(f"/{other}" in group for other in CELLS):
-            assert {f"{group}/{name.strip()}" for name in names.split(",")} <= tags
-    assert {tag for tag in re.findall(r"`([\w/]+)`", table) if "/" in tag and "{" not in tag} <= tags
+def test_tables_of_results_are_those_of_the_comparison():
+    shown = [row for row in rows(README) if row[0] in (*CELLS, "corpus")]
+    assert len(shown) >= 12
+    assert set(shown) <= set(rows(COMPARISON))
+
+
+def test_gradients_vanish_and_gates_keep_them():
+    for state in ("rnn", "h"), ("gru", "h"), ("lstm", "h"), ("lstm", "C"):
+        assert lag_40(*state, "at start") < 1e-3
+    rnn = lag_40("rnn", "h", "trained")
+    assert lag_40("gru", "h", "trained") > 200 * rnn and lag_40("lstm", "h", "trained") > 3000 * rnn
+    assert lag_40("lstm", "C", "trained") > lag_40("lstm", "h", "trained")
+
+
+def test_units_follow_what_is_said():
+    events = EventAccumulator(str(REFERENCE / "lstm"), size_guidance={"tensors": 0}).Reload()
+    found = events.Tensors("units/text_summary")[-1].tensor_proto.string_val[0].decode()
+    units = {row[1]: (row[0][0], float(row[2])) for row in rows(found) if row[2][-1].isdigit()}
+    assert units["position in the word"][0] == "C" and abs(units["position in the word"][1]) > 0.7
+    assert {units[f"after a {what}"][0] for what in ("space", "vowel")} <= set("fio")
+    assert abs(units["position in the sentence"][1]) < 0.5
+
+
+def test_the_loss_is_in_the_order_that_is_told():
+    assert best_nats("lstm") < best_nats("gru") < best_nats("rnn")
+
+
+def test_likelihood_is_not_quality():
+    corpus = decoded("corpus", "")
+    for cell in CELLS:
+        beam, sampled, nucleus = (decoded(cell, name) for name in ("beam", "sampled", "nucleus"))
+        assert beam["length"] < corpus["length"] / 2
+        assert sampled["known"] < nucleus["known"] < beam["known"]
+        assert abs(nucleus["known"] - corpus["known"]) < 0.05 and beam["copied 16"] > corpus["copied 16"]
+        assert max(decoded(cell, name)["copied 32"] for name in ("beam", "sampled", "nucleus")) < 0.01
+
+
+def test_the_session_of_the_readme_is_what_the_commands_print():
+    blocks = re.findall(r"    \$ python generate\.py (.*)\n((?:    .*\n)+)", README)
+    assert blocks
+    for arguments, shown in blocks:
+        found = command("generate.py", *shlex.split(arguments), cwd=ROOT)
+        assert found.returncode == 0, found.stderr
+        printed = re.sub(r"searched for .*", "", found.stdout)
+        for line in shown.splitlines():
+            if "searched for" not in line:
+                assert line[4:].split(" … (")[0].rstrip() in printed, line
+
+
+def test_a_cell_of_ones_own_trains(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    for name in ("tp5.py", "generate.py", "textloader.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "mycell.py").write_text(code, encoding="utf-8")
+    text = "We met in 2004. They said no. Who knows?\n" * 400
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    small = [
+        "--hidden",
+        16,
+        "--embedding",
+        8,
+        "--epochs",
+        1,
+        "--data",
+        tmp_path / "text.txt",
+        "--run",
+        tmp_path / "run",
+    ]
+    found = command(str(tmp_path / "mycell.py"), "--model", "minimal", *small)
+    assert found.returncode == 0 and "validation" in found.stdout, found.stderr
 
 
 def test_they_are_small_and_without_optimiser():
-    files = [path for path in REFERENCE.glob("**/*") if path.is_file() and path.name not in ("lock", "last.pt")]
-    assert sum(path.stat().st_size for path in files) < 12e6
-    assert all(not tp5.load_checkpoint(REFERENCE / cell / "best.pt")["optimizer"] for cell in CELLS)
+    files = [path for path in REFERENCE.glob("**/*") if path.is_file() and path.name != "last.pt"]
+    assert sum(path.stat().st_size for path in files) < 15e6
+    assert all(tp5.load_checkpoint(REFERENCE / cell / "best.pt")["optimizer"] is None for cell in CELLS)
 
 
-def test_the_users_own_run_speaks_first(tmp_path):
+def test_the_users_own_run_speaks_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "RUNS", tmp_path)
     shutil.copytree(REFERENCE / "lstm", tmp_path / "reference" / "lstm")
-    assert newest_checkpoint(tmp_path) == tmp_path / "reference" / "lstm" / "best.pt"
+    assert newest_checkpoint() == tmp_path / "reference" / "lstm" / "best.pt"
     (tmp_path / "compare" / "rnn").mkdir(parents=True)
     own = shutil.copy2(REFERENCE / "rnn" / "best.pt", tmp_path / "compare" / "rnn" / "best.pt")
     (tmp_path / "reference" / "lstm" / "best.pt").touch()  # later than the user's own
-    assert newest_checkpoint(tmp_path) == own
+    assert newest_checkpoint() == own

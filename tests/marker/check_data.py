@@ -294,7 +294,7 @@ def smallest(function, way) -> str:
     """The smallest example that shows a wrong loss: targets, expected, got."""
     for lengths in ((2, 1), (4, 2, 1)):
         output, target = loss_example(0, lengths)
-        got, (mean, total) = number(call_loss(function, *way, output, target)), right_losses(output, target)[:2]
+        got, (mean, total) = (number(call_loss(function, *way, output, target)), right_losses(output, target)[:2])
         if got is None or not (close(got, mean) or close(got, total)):
             break
     seen = "more than one number" if got is None else f"{got:.4f}"

@@ -52,7 +52,7 @@ def mistaken_ways(prompt: str, symbols: Symbols) -> dict:
 
 def with_decoys(tree: dict, prompt: str, symbols: Symbols) -> dict:
     """The tree, and after what known mistakes read, a symbol of its own each: so that they show."""
-    decoys, tree = iter(symbols.codes("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789efghijklmnopqrstuvwxyz")), dict(tree)
+    decoys, tree = (iter(symbols.codes("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789efghijklmnopqrstuvwxyz")), dict(tree))
     for reads in mistaken_ways(prompt, symbols).values():
         for read in reads:
             written = ()
