@@ -94,7 +94,7 @@ def read_text(path) -> str:
     try:
         data = Path(path).read_bytes()
         if b"\0" in data:
-            raise LabError(f"{path} is not a text file: NUL at byte {data.index(0)}")
+            raise LabError(f"{path} is not UTF-8 text: NUL at byte {data.index(0)}; give a text file")
         text = data.decode("utf-8").removeprefix("\ufeff")  # the byte-order mark
     except OSError as error:
         raise LabError(f"cannot read {path}: {error.strerror}; give a text file") from None

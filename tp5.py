@@ -811,7 +811,7 @@ def named_units(model, loader) -> list[Unit]:
     return sorted([unit for unit in strongest if abs(unit.r) >= WEAKEST], key=lambda unit: -abs(unit.r))
 
 
-def picture(model, units: list[Unit], text: str, columns: int = 18):
+def picture(model, units: list[Unit], text: str, columns: int = 20):
     """Units on `text` as an image, uint8 (height, width, 3): a row a unit, each character on its value.
 
     Blue is negative, white 0, red positive. Below a memory unit that counts stand its gates f, i and
@@ -825,7 +825,7 @@ def picture(model, units: list[Unit], text: str, columns: int = 18):
         rows.append((label, values[unit.gate][1:, unit.number]))  # from the first character on
         if unit.gate == "C" and unit.feature.startswith("position") and "f" not in dict(rows):
             rows += [(gate, values[gate][1:, unit.number]) for gate in "fio"]
-    width, height, margin = 24, 36, 410  # of a character, of a row, of the labels; pixels
+    width, height, margin = 22, 36, 400  # of a character, of a row, of the labels; pixels
     blocks = -(-len(text) // columns)
     image = Image.new("RGB", (margin + width * columns, blocks * height * (len(rows) + 1)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(22)
@@ -881,7 +881,7 @@ def write_flows(writer, found: dict[str, dict]) -> None:
     for when, flow in found.items():
         for state, norms in flow.items():
             for lag, norm in enumerate(norms.clamp(min=1e-30).log10().tolist()):
-                writer.add_scalar(f"2_gradient_flow/log10_norm_of_{state}_{when}", norm, lag)
+                writer.add_scalar(f"2_gradient_flow/log10_{state}_{when}", norm, lag)
     before, after = (found[when]["h"][-1].item() for when in ("at_start", "trained"))
     print(f"Gradient {len(norms) - 1} characters back: {before:.1e} at the start, {after:.1e} trained.")
     if after <= before:

@@ -22,7 +22,7 @@ OUTPUT = Path(__file__).resolve().parent / "speeches.txt"
 
 NAME = r"(?:[A-Z][\w'-]*\.? )*[A-Z][\w'-]*"
 LABEL = re.compile(
-    rf"(The President|Audience members?|(?:Representative|Rep\.|Secretary of State) {NAME}|Mr\. Nikoui)\.(?: |$)"
+    rf"(The President|Audience members?|(?:Representative|Rep\.|Secretary of State) {NAME}|Mr\. Nikoui)\.(?: |$)"  # noqa: E501
 )
 BRACKET = re.compile(r"\[[^\]]*\]\*?")  # the editors mark some corrections with an asterisk
 

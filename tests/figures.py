@@ -77,7 +77,7 @@ def gradient_flow(runs: dict[str, EventAccumulator]):
     for axes, state in zip(panels, ("h", "C"), strict=True):
         for cell in runs if state == "h" else ("lstm",):
             for when, dashes in (("at_start", "--"), ("trained", "-")):
-                lags, logs = scalars(runs[cell], f"2_gradient_flow/log10_norm_of_{state}_{when}")
+                lags, logs = scalars(runs[cell], f"2_gradient_flow/log10_{state}_{when}")
                 axes.plot(lags, 10.0**logs, dashes, color=COLOURS[cell])
                 ends[cell, state, when] = 10.0 ** logs[-1]
         axes.set(yscale="log", xlabel="characters back")

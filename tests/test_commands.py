@@ -114,7 +114,7 @@ def test_refused_in_one_line(tmp_path, monkeypatch, options, words):
     [
         (b"", ["empty"]),
         (b" \n\t ", ["empty"]),
-        (b"Yes\0. We. Can. ", ["not a text file"]),
+        (b"Yes\0. We. Can. ", ["not UTF-8 text"]),
         (b"\x89PNG\r\n\x1a\n", ["not UTF-8"]),
         ("Liberté. Égalité.".encode("latin-1"), ["not UTF-8"]),
         (b"no sentence at all\nthat ends\n", ["0 sentence", "--lines"]),
@@ -143,7 +143,9 @@ def test_a_text_that_loses_much_is_warned_of(tmp_path):
     assert here("tp5.py", "--data", tmp_path / "text.txt", "--run", tmp_path / "a", *TINY).stderr == ""
     (tmp_path / "text.txt").write_text("Дом. It is. " * 1000, encoding="utf-8")
     found = here("tp5.py", "--data", tmp_path / "text.txt", "--run", tmp_path / "b", *TINY)
-    assert found.returncode == 0 and re.fullmatch("warning: .*2,000 sentences.*25% of .*alphabet\n", found.stderr)
+    assert found.returncode == 0 and re.fullmatch(
+        "warning: .*2,000 sentences.*25% of the characters left out\n", found.stderr
+    )
 
 
 @posix
@@ -166,7 +168,7 @@ def test_a_finished_run_goes_on_with_a_renamed_corpus(small, tmp_path):
     assert (
         found.returncode == 0
         and "finished" in found.stdout
-        and re.search(f"Next: .* --epochs . .*{run}\n", found.stdout)
+        and re.search(f"Next:\n    .* --epochs . .*{run}\n", found.stdout)
     )
     refused(here("tp5.py", "--resume", run, "--lr", 0.5), "--lr", "trained with", code=2)
     text.rename(tmp_path / "renamed.txt")
