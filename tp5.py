@@ -253,7 +253,7 @@ class Muon(torch.optim.AdamW):
         group = self.param_groups[1]
         for W in group["params"]:
             state = self.state[W]
-            if not state:
+            if not state:  # AdamW asks every state that it loads for a "step"
                 state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(W)
             M = state["momentum"].lerp_(W.grad, 0.05)
             update = orthogonal(W.grad.lerp(M, 0.95), self.quintics)
@@ -1109,9 +1109,9 @@ def resume(options, parser) -> None:
     file = newest_checkpoint("last.pt") if options.resume == NEWEST else Path(options.resume)
     file = file / "last.pt" if file.is_dir() else file
     checkpoint = load_checkpoint(file)
-    if checkpoint["optimizer"] is None:
-        raise LabError(f"{file} is for writing: it has no optimiser state to go on with")
     with reading(file):
+        if checkpoint["optimizer"] is None:
+            raise LabError(f"{file} is for writing: it has no optimiser state to go on with")
         options = run_options(options, parser, checkpoint)
         training = Training(options, file.parent, load_corpus(options))
         training.restore(checkpoint)

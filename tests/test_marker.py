@@ -59,8 +59,10 @@ def test_every_mistake_is_found_and_nothing_else_is_wrong(change, tmp_path):
     report = mark(change.write(tmp_path))
     assert named(report.verdicts[change.question], change.words), str(report)
     others = [verdict for question, verdict in report.verdicts.items() if question != change.question]
-    inherited = [named(verdict, change.words) for verdict in others if verdict.status == "wrong"]
-    assert all(inherited), str(report)
+    # Another class may inherit it; and with a cell that forgets its state, sentences are wrong, too.
+    known = [change.words, "the state is lost"] if "given state" in change.name else [change.words]
+    wrong = [verdict for verdict in others if verdict.status == "wrong"]
+    assert all(any(named(verdict, words) for words in known) for verdict in wrong), str(report)
 
 
 @pytest.mark.slow
