@@ -152,7 +152,7 @@ def quality(comparison: Path):
     lengths = {decoder: statistics.median(float(row["length"]) for row in rows if row["decoder"] == decoder)
                for decoder in ("beam", "sampled")}  # fmt: skip
     if lengths["beam"] < min(float(people["length"]), lengths["sampled"]) / 2:
-        figure.suptitle(f"The likeliest sentences are short: {lengths['beam']:.0f} characters by beam, "
+        figure.suptitle(f"Beam search writes short: {lengths['beam']:.0f} characters (median of the cells), "
                         f"{lengths['sampled']:.0f} drawn, {people['length']} by people")  # fmt: skip
     return figure
 
