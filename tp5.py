@@ -8,6 +8,7 @@ Losses and log-probabilities are in nats.
 """
 
 import argparse
+import ctypes
 import hashlib
 import io
 import itertools
@@ -21,7 +22,7 @@ import sys
 import textwrap
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -1164,6 +1165,10 @@ def main() -> None:
     options.device = options.device.replace("auto", "cuda" if cuda else "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
+    with suppress(OSError, AttributeError, TypeError):  # glibc alone: keep freed memory for the next step,
+        libc = ctypes.CDLL(None)  # which else fetches it anew from the system, page by page
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
     commands = {"compare": compare_runs, "look": look, "": resume if options.resume else begin}
     with process_group(options.device):
         commands[mode](options, parser)
