@@ -39,7 +39,7 @@ class Hypothesis:
     ended            True if it closed with EOS, False if it was cut at `maxlen`
     gap              nats by which a sentence that the search did not return may still be better:
                      0 is a proof, None says that nothing was searched
-    search_log_prob  nats, under the distribution that was searched or drawn from (see `Reader`)
+    search_log_prob  nats, under the distribution that was searched or drawn from (see `Predictor`)
     """
 
     codes: bytes = b""
@@ -83,8 +83,8 @@ def p_nucleus(decoder, alpha: float):
     return compute
 
 
-class Reader:
-    """Reads one symbol per prefix and says how likely each next one is, for any `(rnn, emb, decoder)`.
+class Predictor:
+    """The log-probability of each next symbol, for any `(rnn, emb, decoder)` and many prefixes at once.
 
     What is searched or drawn from may differ from the model: `temperature` divides its logits,
     `top_k` leaves the likeliest symbols, `alpha` the nucleus, in this order.
@@ -109,7 +109,7 @@ class Reader:
         state = self.rnn(self.emb(codes[:-1])[:, None])[1] if len(codes) > 1 else None
         return codes[-1:], state
 
-    def read(self, symbols, state):
+    def step(self, symbols, state):
         """Read symbols (K,) after `state` (None: zeros).
 
         Returns the log-probabilities (K, V) of the next symbol, the model's and those to search or
@@ -123,13 +123,13 @@ class Reader:
             state = self.rnn.one_step(projected, self.rnn.zero_state(projected) if state is None else state)
             h = state[0] if isinstance(state, tuple) else state
         model = self.log_probs(h)
-        return model, self.narrowed(model), state
+        return model, self.warp(model), state
 
     def log_probs(self, h):
         """Hidden states (…, H) → log-probabilities (…, V) of the next symbol, which is never BLANK."""
         return self.decoder(h).double().index_fill(-1, self.blank, NEVER).log_softmax(-1)
 
-    def narrowed(self, log_probs):
+    def warp(self, log_probs):
         """Temperature, top-k and nucleus on log-probabilities (…, V)."""
         if self.temperature != 1:  # the largest becomes 0 first, so that nothing overflows
             log_probs = ((log_probs - log_probs.amax(-1, keepdim=True)) / self.temperature).log_softmax(-1)
@@ -163,21 +163,21 @@ def generate(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, temperature=0.0
 
     temperature  0: greedy, always the likeliest symbol; above 0: a random one from the distribution
                  at that temperature
-    options      `top_k` and `alpha` narrow it (see `Reader`)
+    options      `top_k` and `alpha` narrow it (see `Predictor`)
     generator    a `torch.Generator` on the CPU for the drawing; None: torch's own
 
     Returns a Hypothesis. Raises ValueError for options out of range or a start text outside the
     alphabet.
     """
-    reader = Reader(rnn, emb, decoder, temperature=temperature or 1.0, **options)
-    symbol, state = reader.prompt(eos, start)
+    predictor = Predictor(rnn, emb, decoder, temperature=temperature or 1.0, **options)
+    symbol, state = predictor.prompt(eos, start)
     codes, log_prob, search_log_prob = [], 0.0, 0.0
     while len(codes) < maxlen and eos not in codes[-1:]:
-        model, search, state = reader.read(symbol, state)
+        model, search, state = predictor.step(symbol, state)
         if temperature == 0:
             symbol = search.argmax(-1)
         else:
-            symbol = torch.multinomial(search[0].exp().cpu(), 1, generator=generator).to(reader.device)
+            symbol = torch.multinomial(search[0].exp().cpu(), 1, generator=generator).to(predictor.device)
         codes.append(symbol.item())
         log_prob += model[0, codes[-1]].item()
         search_log_prob += search[0, codes[-1]].item()
@@ -187,19 +187,18 @@ def generate(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, temperature=0.0
 # ------------------------------------------------------------------------------------ beam search
 
 
-def beam_steps(reader, eos, k, start, maxlen, n, min_length):
-    """Beam search, one symbol per step; yields (live, ended, bound, scores) after each.
+def beam_steps(predictor, eos, k, start, maxlen, n, min_length):
+    """Beam search, one symbol per step; yields (live, ended, bound) after each.
 
     live, ended  the surviving prefixes, best first
-    bound        the largest score among all prefixes let go so far
-    scores       (live before, V) of every child that competed, nats
+    bound        the largest score among all prefixes let go so far, nats
     """
-    symbols, state = reader.prompt(eos, start)
+    symbols, state = predictor.prompt(eos, start)
     live, ended, bound = [Hypothesis()], [], NEVER
     for length in range(1, maxlen + 1):
-        model, search, state = reader.read(symbols, state)
+        model, search, state = predictor.step(symbols, state)
         if length <= min_length:
-            search = search.index_fill(-1, torch.tensor([eos], device=reader.device), NEVER)
+            search = search.index_fill(-1, torch.tensor([eos], device=predictor.device), NEVER)
         scores = search + search.new_tensor([h.search_log_prob for h in live])[:, None]
         best, places = scores.flatten().topk(min(k + 1, scores.numel()))
         own = model.flatten()[places].tolist()
@@ -222,11 +221,11 @@ def beam_steps(reader, eos, k, start, maxlen, n, min_length):
             else:
                 live.append(h)
                 rows.append(row)
-        yield live, ended, bound, scores
+        yield live, ended, bound
         if not live:
             return
-        symbols = torch.tensor([h.codes[-1] for h in live], device=reader.device)
-        state = select(state, torch.tensor(rows, device=reader.device))
+        symbols = torch.tensor([h.codes[-1] for h in live], device=predictor.device)
+        state = select(state, torch.tensor(rows, device=predictor.device))
 
 
 @torch.inference_mode()
@@ -239,7 +238,7 @@ def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, n=None,
 
     n           sentences wanted (None: k); the search stops when no live prefix can be among them
     min_length  a sentence of fewer characters does not count
-    options     what to search instead of the model: `alpha`, `top_k`, `temperature` (see `Reader`)
+    options     what to search instead of the model: `alpha`, `top_k`, `temperature` (see `Predictor`)
 
     Returns at most `n` Hypothesis, best first, ended ones before those cut at `maxlen`; none where
     `min_length` and the nucleus leave no way on. Raises ValueError for options out of range or a start
@@ -247,31 +246,20 @@ def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, n=None,
     """
     if k < 1 or maxlen < 1:
         raise ValueError(f"k is {k} and maxlen {maxlen}, both must be at least 1")
-    n, reader = n or k, Reader(rnn, emb, decoder, **options)
-    for live, ended, bound, _ in beam_steps(reader, eos, k, start, maxlen, n, min_length):  # noqa: B007
+    n, predictor = n or k, Predictor(rnn, emb, decoder, **options)
+    for live, ended, bound in beam_steps(predictor, eos, k, start, maxlen, n, min_length):  # noqa: B007
         pass
     return [replace(h, gap=max(0.0, bound - h.search_log_prob)) for h in [*ended, *live][:n]]
 
 
 @torch.inference_mode()
 def search_error(rnn, emb, decoder, eos, k, codes, start="", maxlen=MAXLEN, *, min_length=0, **options):
-    """Where a beam of `k` loses the sentence `codes`: (step, its rank among all that competed there).
-
-    Steps and ranks count from 1. None if the beam keeps it to the end.
-    """
-    reader = Reader(rnn, emb, decoder, **options)
-    live_before, ended_before = [Hypothesis()], []
-    search = beam_steps(reader, eos, k, start, maxlen, k, min_length)
-    for step, (live, ended, _, scores) in enumerate(search, start=1):
+    """The step (from 1) at which a beam of `k` loses the sentence `codes`; None if it keeps it to the end."""
+    predictor = Predictor(rnn, emb, decoder, **options)
+    search = beam_steps(predictor, eos, k, start, maxlen, k, min_length)
+    for step, (live, ended, _) in enumerate(search, start=1):
         if codes[:step] not in [h.codes for h in live + ended]:
-            if step > len(codes):  # it had ended before
-                score = next(h.search_log_prob for h in ended_before if h.codes == codes)
-            else:
-                row = [h.codes for h in live_before].index(codes[: step - 1])
-                score = scores[row, codes[step - 1]].item()
-            better = sum(h.search_log_prob > score for h in ended_before) + int((scores > score).sum())
-            return step, 1 + better
-        live_before, ended_before = live, ended
+            return step
     return None
 
 
@@ -288,14 +276,14 @@ def generate_exact(
     a heap of batches of children, the one with the likeliest child first. After `budget` prefixes the
     search gives up; `gap` then says how much better the optimum may be. Else as `generate_beam`.
     """
-    reader, parts = Reader(rnn, emb, decoder, **options), (rnn, emb, decoder, eos)
+    predictor, parts = Predictor(rnn, emb, decoder, **options), (rnn, emb, decoder, eos)
     found = generate_beam(*parts, SEED_BEAM, start, maxlen, n=1, min_length=min_length, **options)
     best = found[0] if found and found[0].ended else Hypothesis(search_log_prob=NEVER)
     frontier, pushed, left = [], 0, budget
-    symbols, state = reader.prompt(eos, start)
-    codes, scores, own = [b""], torch.zeros(1, dtype=torch.float64, device=reader.device), torch.zeros(1)
+    symbols, state = predictor.prompt(eos, start)
+    codes, scores, own = [b""], torch.zeros(1, dtype=torch.float64, device=predictor.device), torch.zeros(1)
     while True:
-        model, search, state = reader.read(symbols, state)
+        model, search, state = predictor.step(symbols, state)
         left -= len(codes)
         scores, own = scores[:, None] + search, own.to(model)[:, None] + model  # (K, V)
         length = len(codes[0])  # all prefixes of a batch have one length
@@ -332,7 +320,7 @@ def predictions(rnn, emb, decoder, eos, codes, start=""):
     prompt = [eos, *codes_of(start)]
     inputs = torch.tensor([*prompt, *codes[:-1]], device=emb.weight.device)
     output, _ = rnn(emb(inputs)[:, None])  # (T, 1, H)
-    return Reader(rnn, emb, decoder).log_probs(output[len(prompt) - 1 :, 0])
+    return Predictor(rnn, emb, decoder).log_probs(output[len(prompt) - 1 :, 0])
 
 
 @torch.inference_mode()
@@ -399,70 +387,77 @@ def newest_checkpoint(name: str = "best.pt") -> Path:
     return reference / "lstm" / name
 
 
-def facts(h: Hypothesis) -> str:
+def describe(h: Hypothesis) -> str:
     """Scores and certificate of a sentence, on a line each."""
     said = [f"{h.log_prob:.2f} nats", f"{-h.log_prob / math.log(2) / len(h.codes):.2f} bits per character"]
-    narrowed = abs(h.search_log_prob - h.log_prob) > 0.005
-    if narrowed:
+    warped = abs(h.search_log_prob - h.log_prob) > 0.005
+    if warped:
         said.insert(1, f"{h.search_log_prob:.2f} with the options")
     said.append("ended" if h.ended else "cut at --maxlen")
     certificate = ""
     if h.gap is not None:
-        proof = "proved: no other is likelier" + (" with the options" if narrowed else "")
+        proof = "proved: no other is likelier" + (" with the options" if warped else "")
         certificate = "\n    " + (f"another may be up to {h.gap:.2f} nats likelier" if h.gap else proof)
     return ", ".join(said) + certificate
 
 
-def where_a_beam_loses(codes: bytes, k: int, parts, place, narrowing) -> str:
+def where_a_beam_loses(codes: bytes, k: int, parts, place, options) -> str:
     """Where a beam of `k` loses the optimum, and which wider one finds it."""
-    lost = search_error(*parts, k, codes, *place, **narrowing)
-    if lost is None:
+    step = search_error(*parts, k, codes, *place, **options)
+    if step is None:
         return f"a beam of {k} finds it, too"
-    step, rank = lost
     what = repr(code2string(codes[:step])) if step < len(codes) else "the end"
     for wide in [2**power for power in range(k.bit_length(), 13)]:
-        if search_error(*parts, wide, codes, *place, **narrowing) is None:
-            break
-    else:
-        wide = "more than 4096"
-    return f"a beam of {k} loses it at step {step}, where {what} has rank {rank}; one of {wide} finds it"
+        if search_error(*parts, wide, codes, *place, **options) is None:
+            return f"a beam of {k} loses it at step {step} ({what}); one of {wide} finds it"
+    return f"a beam of {k} loses it at step {step} ({what}); not even one of 4096 finds it"
 
 
-DECODERS, NARROWING = ("greedy", "sample", "beam", "exact"), ("temperature", "top_k", "nucleus", "min_length")
+# The options that each decoder takes, beside those that all take.
+TAKES = {
+    "greedy": ["greedy"],
+    "sample": ["sample", "n", "temperature", "top_k", "nucleus"],
+    "exact": ["exact", "beam", "temperature", "top_k", "nucleus", "min_length", "budget"],
+    "beam": ["beam", "n", "temperature", "top_k", "nucleus", "min_length"],
+}
 
 
-def show(options, parts) -> None:
-    """Print the sentences that the options ask for, each with its scores and certificate."""
-    chosen = {name: getattr(options, name) for name in DECODERS + NARROWING if getattr(options, name)}
-    print("\n" + ", ".join(name if value is True else f"{name} {value}" for name, value in chosen.items()))
+def show(decoder: str, options, parts) -> None:
+    """Print the sentences that a decoder writes, each with its scores and certificate."""
+    chosen = {name: getattr(options, name) for name in TAKES[decoder] if name != "budget"}
+    said = (
+        name if value is True else f"{name} {value}" for name, value in chosen.items() if value is not None
+    )
+    print("\n" + ", ".join(said))
     place, since = (options.start, options.maxlen), time.perf_counter()
-    narrowing = {"temperature": options.temperature or 1.0, "top_k": options.top_k}
-    narrowing["alpha"] = options.nucleus or 1.0
-    if options.beam or options.exact:
-        narrowing["min_length"] = options.min_length
-    if options.exact:
-        found = generate_exact(*parts, *place, budget=options.budget, **narrowing)
-    elif options.beam:
-        found = generate_beam(*parts, options.beam, *place, n=options.n or 1, **narrowing)
-    else:
-        narrowing["temperature"] *= not options.greedy
+    warping = {"top_k": options.top_k, "alpha": options.nucleus or 1.0}
+    warping["temperature"] = 1.0 if options.temperature is None else options.temperature
+    k, n, min_length = options.beam or 5, options.n or 1, options.min_length or 0
+    if decoder == "greedy":
+        found = [generate(*parts, *place)]
+    elif decoder == "sample":
         generator = torch.Generator().manual_seed(options.seed)
-        found = [generate(*parts, *place, generator=generator, **narrowing) for _ in range(options.n or 1)]
+        found = [generate(*parts, *place, generator=generator, **warping) for _ in range(n)]
+    elif decoder == "beam":
+        found = generate_beam(*parts, k, *place, n=n, min_length=min_length, **warping)
+    else:
+        warping["min_length"] = min_length
+        found = generate_exact(*parts, *place, budget=options.budget, **warping)
     for h in found:
-        print(f"  {options.start}{h.text}{'' if h.ended else ' …'}\n    {facts(h)}")
+        print(f"  {options.start}{h.text}{'' if h.ended else ' …'}\n    {describe(h)}")
         if options.trace:
             show_trace(h, options.start, parts, options.nucleus or 0.9)
     if not found:
         print("    nothing: --min-length, --nucleus and --top-k leave no sentence")
-    if options.exact:
+    if decoder == "exact":
         gave_up = f", gave up after {options.budget:,} prefixes (--budget)" if found and found[0].gap else ""
         print(f"    searched for {time.perf_counter() - since:.1f} s{gave_up}")
         if found and found[0].ended and found[0].gap == 0:
-            print(f"    {where_a_beam_loses(found[0].codes, options.beam or 5, parts, place, narrowing)}")
+            print(f"    {where_a_beam_loses(found[0].codes, k, parts, place, warping)}")
 
 
-def parse_options():
-    """The command line's options."""
+def command_parser() -> argparse.ArgumentParser:
+    """All options of the command line, with their ranges and defaults."""
     about = "Write sentences with a trained model; without a decoder, with each of them."
     parser = argparse.ArgumentParser(description=about, formatter_class=HelpFormatter, allow_abbrev=False)
     add, decoder = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
@@ -480,7 +475,7 @@ def parse_options():
         help="only the likeliest symbols of mass ALPHA (after temperature and top-k)")
     add("--start", default="", metavar="TEXT", help="text that the sentence goes on from")
     add("--maxlen", type=many, default=MAXLEN, metavar="N", help="most symbols to write")
-    add("--min-length", type=few, default=0, metavar="N", help="fewest characters, for --beam and --exact")
+    add("--min-length", type=few, metavar="N", help="fewest characters, for --beam and --exact")
     add("--budget", type=number(int, 1, 10**9), default=BUDGET, metavar="N",
         help="prefixes that --exact may read")
     add("-n", type=many, metavar="N", help="sentences to draw, or the N best of a beam")
@@ -488,42 +483,41 @@ def parse_options():
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random draws")
     add("--checkpoint", type=path, metavar="FILE",
         help="a best.pt or last.pt, or a run's folder (default: the newest run's best.pt)")
-    options = parser.parse_args()
-    if options.temperature == 0 and not (options.sample or options.exact):
-        options.greedy, options.temperature = True, None
-    n, narrowed = options.n or 1, bool(options.temperature or options.top_k or options.nucleus)
-    options.sample |= narrowed and not (options.greedy or options.beam or options.exact)
-    for wrong, advice in (
-        (options.greedy and (narrowed or options.beam), "--greedy goes with no other decoder's options"),
-        (options.sample and options.beam, "--sample does not go with --beam"),
-        (options.temperature == 0, "--temperature 0 is --greedy, it goes with no other"),
-        ((options.greedy or options.exact) and options.n, "-n goes with --sample or --beam"),
-        (options.beam and n > options.beam, f"-n {n} needs --beam {n} or more"),
-        (options.min_length >= options.maxlen, "--min-length must be below --maxlen"),
-        (options.min_length and (options.greedy or options.sample), "--min-length is for --beam, --exact"),
-    ):
-        if wrong:
-            parser.error(advice)
     # fmt: on
-    return options
+    return parser
+
+
+def chosen_decoder(options, parser) -> str | None:
+    """The decoder that is asked for (None: each of them), if it takes the options that are given."""
+    given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+    decoder = next((name for name in TAKES if name in given), None)
+    if decoder is None and {"temperature", "top_k", "nucleus"} & {*given}:
+        decoder = "sample"
+    for name in given if decoder else ():
+        if name not in TAKES[decoder] and any(name in taken for taken in TAKES.values()):
+            parser.error(f"--{name.replace('_', '-')} does not go with --{decoder}")
+    if decoder == "beam" and (options.n or 1) > options.beam:
+        parser.error(f"-n {options.n} needs --beam {options.n} or more")
+    return decoder
 
 
 def main() -> None:
-    options = parse_options()
+    parser = command_parser()
+    options = parser.parse_args()
+    decoder = chosen_decoder(options, parser)
     checkpoint = Path(options.checkpoint or newest_checkpoint())
     from tp5 import load_model  # tp5 imports this file
 
     model = load_model(checkpoint / "best.pt" if checkpoint.is_dir() else checkpoint)
     print(printable(f"{checkpoint}: {model.cell}, start {options.start!r}, seed {options.seed}"))
-    decoders = [{}]
-    if not any(getattr(options, name) for name in DECODERS):  # each of them
-        k, drawn = max(5, options.n or 1), {"sample": True, "min_length": 0}
-        decoders = [{"greedy": True, "n": 1, "min_length": 0}, drawn, drawn | {"temperature": 0.5}]
-        decoders += [drawn | {"nucleus": 0.9}, {"beam": k}, {"beam": k, "nucleus": 0.9}, {"exact": True}]
+    k = max(5, options.n or 1)
+    each = [("greedy", {}), ("sample", {}), ("sample", {"temperature": 0.5}), ("sample", {"nucleus": 0.9}),
+            ("beam", {"beam": k}), ("beam", {"beam": k, "nucleus": 0.9}), ("exact", {})]  # fmt: skip
     try:
         options.start = code2string(codes_of(options.start))
-        for each in decoders:
-            show(argparse.Namespace(**vars(options) | each), (model.rnn, model.emb, model.decoder, EOS_IX))
+        for name, more in [(decoder, {})] if decoder else each:
+            values = vars(options) | {name: getattr(options, name) or True} | more
+            show(name, argparse.Namespace(**values), (model.rnn, model.emb, model.decoder, EOS_IX))
     except ValueError as error:
         raise LabError(error) from None
 

@@ -77,7 +77,7 @@ def test_same_seed_same_sentences(written):
     first, again, other = (written("--sample", "-n", "3", "--seed", seed) for seed in (3, 3, 4))
     assert first == again
     assert first.splitlines()[1:] != other.splitlines()[1:]
-    assert written("--temperature", "0") == written("--greedy")
+    assert written("--temperature", "0").splitlines()[3:] == written("--greedy").splitlines()[3:]
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
@@ -89,7 +89,7 @@ def test_exact_search_says_where_a_beam_loses(runs, written, k):
     lost = search_error(*arguments, k, best.codes, "They saw ", 40)
     assert (f"a beam of {k} finds it" in output) == (lost is None)
     if lost:
-        assert re.search(rf"a beam of {k} loses it at step {lost[0]}, where .* has rank {lost[1]};", output)
+        assert re.search(rf"a beam of {k} loses it at step {lost} \(.*\); one of [0-9]+ finds it", output)
 
 
 def test_exact_search_out_of_budget_says_how_far_it_may_be(written):
@@ -126,11 +126,10 @@ def test_trace_has_a_line_for_each_symbol(runs, written):
         ("--beam 2 -n 3", "-n 3"),
         ("--greedy --sample", "--greedy"),
         ("--greedy -n 2", "-n"),
-        ("--beam 3 --temperature 0", "--greedy"),
-        ("--exact --temperature 0", "--temperature"),
-        ("--temperature 0 --nucleus 0.5", "--greedy"),
+        ("--greedy --temperature 1", "--temperature: --greedy"),
+        ("--exact --budget 0", "--budget"),
+        ("--beam 3 --budget 9", "--budget: --beam"),
         ("--sample --min-length 3", "--min-length"),
-        ("--beam 3 --min-length 9 --maxlen 9", "--min-length: --maxlen"),
         ("--checkpoint=", "empty"),
     ],
 )
