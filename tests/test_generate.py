@@ -183,9 +183,9 @@ def test_the_ends_of_the_options():
 def symbols_read(rnn):
     """A list that grows with each step of the cell, by the number of prefixes that it reads a symbol for."""
     calls = []
-    if hasattr(rnn, "equations"):
-        equations = rnn.equations
-        rnn.equations = lambda projected, state: calls.append(len(projected)) or equations(projected, state)
+    if hasattr(rnn, "one_step"):
+        one_step = rnn.one_step
+        rnn.one_step = lambda projected, state: calls.append(len(projected)) or one_step(projected, state)
     else:
         rnn.register_forward_pre_hook(lambda _, inputs: calls.extend([inputs[0].shape[1]] * len(inputs[0])))
     return calls
