@@ -376,15 +376,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if nothing else super()._get_help_string(action)
 
 
-def newest_checkpoint(name: str = "best.pt") -> Path:
-    """The checkpoint of this name saved last in `runs`, else the reference's; LabError if there is none."""
+def checkpoint_of(run: str | None, name: str = "best.pt") -> Path:
+    """A run's checkpoint of this name; of the run saved last, else of the reference, if `run` names none.
+
+    Raises LabError if there is no run at all.
+    """
+    if run:
+        return Path(run) / name if Path(run).is_dir() else Path(run)
     reference = RUNS / "reference"
     own = [found for found in RUNS.glob(f"**/{name}") if reference not in found.parents]
-    if own:
-        return max(own, key=lambda found: found.stat().st_mtime)
-    if not (reference / "lstm" / name).exists():
+    newest = max(own, key=lambda found: found.stat().st_mtime, default=reference / "lstm" / name)
+    if not newest.exists():
         raise LabError(f"no run in {RUNS} yet: train one first with `python tp5.py --model lstm`")
-    return reference / "lstm" / name
+    return newest
 
 
 def describe(h: Hypothesis) -> str:
@@ -505,10 +509,10 @@ def main() -> None:
     parser = command_parser()
     options = parser.parse_args()
     decoder = chosen_decoder(options, parser)
-    checkpoint = Path(options.checkpoint or newest_checkpoint())
+    checkpoint = checkpoint_of(options.checkpoint)
     from tp5 import load_model  # tp5 imports this file
 
-    model = load_model(checkpoint / "best.pt" if checkpoint.is_dir() else checkpoint)
+    model = load_model(checkpoint)
     print(printable(f"{checkpoint}: {model.cell}, start {options.start!r}, seed {options.seed}"))
     k = max(5, options.n or 1)
     each = [("greedy", {}), ("sample", {}), ("sample", {"temperature": 0.5}), ("sample", {"nucleus": 0.9}),

@@ -32,7 +32,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, Subset, random_split
 from tqdm import tqdm
 
-from generate import RUNS, HelpFormatter, generate, generate_beam, newest_checkpoint, number, path
+from generate import RUNS, HelpFormatter, checkpoint_of, generate, generate_beam, number, path
 from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, id2lettre
 from textloader import BucketSampler, TextDataset, clean, code2string, pad_collate_fn, read_text, string2code
 from textloader import LabError, guard, printable
@@ -988,7 +988,6 @@ def compare(folder: Path, runs: dict[str, dict], corpus: Corpus) -> None:
 # ----------------------------------------------------------------------------------- command line
 
 EPOCHS = 5
-NEWEST = "the newest"  # run; what --resume alone stands for
 GO_WITH = {  # the options beside those of training anew
     "compare": {"compare", "data", "threads"},
     "look": {"look", "data", "resume", "threads"},
@@ -1028,7 +1027,7 @@ def command_parser() -> argparse.ArgumentParser:
     add("--histograms-every", type=whole, default=50, metavar="N", help="steps between histograms; 0: off")
     add("--save-every", type=real, default=30, metavar="SECONDS", help="and after each epoch; 0: only then")
     folder("--run", type=path, metavar="FOLDER", help="where the run goes (default: runs/MODEL-DATE_TIME)")
-    folder("--resume", type=path, nargs="?", const=NEWEST, metavar="RUN",
+    folder("--resume", type=path, nargs="?", const="", metavar="RUN",
            help="go on with a run (alone: the newest); with --epochs N, train a finished one further")
     folder("--compare", type=path, nargs="+", metavar="RUN", help="compare trained runs, or all in a folder")
     add("--look", metavar="TEXT", help="a trained run's units on a text (of --resume RUN, else the newest)")
@@ -1081,8 +1080,7 @@ def options_of(run: dict, options) -> argparse.Namespace:
 
 def resume(options) -> None:
     """Go on with a run; one that has finished is trained further if --epochs says so."""
-    file = newest_checkpoint("last.pt") if options.resume == NEWEST else Path(options.resume)
-    file = file / "last.pt" if file.is_dir() else file
+    file = checkpoint_of(options.resume, "last.pt")
     run = load_checkpoint(file)
     with reading(file):
         options = options_of(run, options)
@@ -1102,7 +1100,7 @@ def look(options) -> None:
     text, dropped = clean(options.look)
     if not text.strip() or dropped or len(text) > 1000:
         raise LabError("--look: give a text of at most 1,000 characters of the alphabet (ASCII)")
-    file = newest_checkpoint() if options.resume in (None, NEWEST) else Path(options.resume) / "best.pt"
+    file = checkpoint_of(options.resume, "best.pt")
     look_inside(file.parent, load_corpus(options_of(load_checkpoint(file), options)), text)
     say_next(("tensorboard --logdir", file.parent.parent))
 

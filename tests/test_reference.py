@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import generate
 import tp5
-from generate import newest_checkpoint
+from generate import checkpoint_of
 
 REFERENCE = ROOT / "runs" / "reference"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -133,8 +133,8 @@ def test_they_are_small_and_without_optimiser():
 def test_the_users_own_run_speaks_first(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "RUNS", tmp_path)
     shutil.copytree(REFERENCE / "lstm", tmp_path / "reference" / "lstm")
-    assert newest_checkpoint() == tmp_path / "reference" / "lstm" / "best.pt"
+    assert checkpoint_of(None) == tmp_path / "reference" / "lstm" / "best.pt"
     (tmp_path / "compare" / "rnn").mkdir(parents=True)
     own = shutil.copy2(REFERENCE / "rnn" / "best.pt", tmp_path / "compare" / "rnn" / "best.pt")
     (tmp_path / "reference" / "lstm" / "best.pt").touch()  # later than the user's own
-    assert newest_checkpoint() == own
+    assert checkpoint_of(None) == own
