@@ -78,13 +78,13 @@ class Cell(nn.Module):
             nn.init.xavier_uniform_(gate)
         for gate in self.hidden_weight.chunk(len(self.gates)):
             nn.init.orthogonal_(gate)  # keeps the norm of h, and of gradients
-        self.record = None  # a dict gets what `show` is given, as lists over time
+        self.record = None  # a dict gets what `keep` is given, as lists over time
 
     def one_step(self, projected, state):
         """One time step: projected (B, G·H) and the state before → the state after."""
         raise NotImplementedError
 
-    def show(self, **values) -> None:
+    def keep(self, **values) -> None:
         """Add this step's gates and states to `record`, if somebody wants to see them."""
         if self.record is not None:
             for name, value in values.items():
@@ -101,9 +101,11 @@ class Cell(nn.Module):
 
     def unroll(self, projected, state=None):
         """All time steps: projected (T, B, G·H) → output (T, B, H), the state after the last step."""
-        state, outputs = self.zero_state(projected[0]) if state is None else state, []
-        for step in projected.unbind():
-            state = self.one_step(step, state)
+        if state is None:
+            state = self.zero_state(projected[0])
+        outputs = []
+        for of_step in projected.unbind():
+            state = self.one_step(of_step, state)
             outputs.append(state[0] if isinstance(state, tuple) else state)  # h
         return torch.stack(outputs), state
 
@@ -118,7 +120,7 @@ class RNN(Cell):
 
     def one_step(self, projected, h):
         h = torch.tanh(projected + h @ self.hidden_weight.T)
-        self.show(h=h)
+        self.keep(h=h)
         return h
 
 
@@ -150,7 +152,7 @@ class LSTM(Cell):
         C = f * C + i * candidate
         o = torch.sigmoid(o)
         h = o * torch.tanh(C)
-        self.show(f=f, i=i, candidate=candidate, C=C, o=o, h=h)
+        self.keep(f=f, i=i, candidate=candidate, C=C, o=o, h=h)
         return h, C
 
 
@@ -169,11 +171,12 @@ class GRU(Cell):
 
     def one_step(self, projected, h):
         sizes = [2 * self.hidden_size, self.hidden_size]
-        (W_zr, W), (x_zr, x) = self.hidden_weight.split(sizes), projected.split(sizes, dim=-1)
+        W_zr, W_candidate = self.hidden_weight.split(sizes)
+        x_zr, x_candidate = projected.split(sizes, dim=-1)
         z, r = torch.sigmoid(x_zr + h @ W_zr.T).chunk(2, dim=-1)
-        candidate = torch.tanh(x + (r * h) @ W.T)
+        candidate = torch.tanh(x_candidate + (r * h) @ W_candidate.T)
         h = (1 - z) * h + z * candidate
-        self.show(z=z, r=r, candidate=candidate, h=h)
+        self.keep(z=z, r=r, candidate=candidate, h=h)
         return h
 
 
@@ -316,14 +319,17 @@ class Corpus:
 
 def load_corpus(options) -> Corpus:
     """The corpus that the options name; says what was left out of it."""
-    text, name = read_text(options.data or CORPUS), printable(options.data or CORPUS.name)
+    text = read_text(options.data or CORPUS)
+    name = printable(options.data or CORPUS.name)
     dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen, lines=options.lines)
-    count, left_out = len(dataset), dataset.left_out() or "nothing"
+    count = len(dataset)
+    left_out = dataset.left_out() or "nothing"
     if count < 2:
         what = "a sentence ends with . ! or ?; with --lines, each line is an example"
         raise LabError(f"{name} has {count} sentence(s), training needs 2: {what} (left out: {left_out})")
-    held_out, seed = max(1, count // 10), torch.Generator().manual_seed(options.seed)
-    train, valid = random_split(dataset, [count - held_out, held_out], seed)
+    held_out = max(1, count // 10)
+    generator = torch.Generator().manual_seed(options.seed)
+    train, valid = random_split(dataset, [count - held_out, held_out], generator)
     print(f"{name}: {count:,} sentences, {len(train):,} to train on, {held_out:,} to validate")
     print(textwrap.fill(f"left out: {left_out}", 79, subsequent_indent="  "))
     lost = dataset.dropped.total() / len(text)
@@ -413,11 +419,33 @@ class Progress:
     seconds: float = 0.0
     recent_nats: float = 0.0  # sums since scalars were last written
     recent_symbols: int = 0
-    trained: float = 0.0  # seconds, of the epochs before
-    train: float = math.inf  # training loss of the last epoch, nats
-    best: float = math.inf  # validation loss, nats
+    seconds_before: float = 0.0  # of the epochs before
+    train_loss: float = math.inf  # of the last epoch, nats
+    best_loss: float = math.inf  # on the validation sentences, nats
     skipped: int = 0  # steps since the start whose loss or gradient was not finite
     skipped_in_a_row: int = 0
+
+    def count(self, finite: bool, nats: float, symbols: int, seconds: float) -> None:
+        """Add a step's losses and symbols, or that it was skipped."""
+        self.seconds += seconds
+        if finite:
+            self.nats += nats
+            self.symbols += symbols
+            self.recent_nats += nats
+            self.recent_symbols += symbols
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+
+    def end_epoch(self, valid_loss: float) -> None:
+        """Turn the epoch's sums into its losses, and begin the next."""
+        self.train_loss = self.nats / max(self.symbols, 1)
+        self.best_loss = min(valid_loss, self.best_loss)
+        self.seconds_before += self.seconds
+        self.epoch += 1
+        self.batch = self.symbols = 0
+        self.nats = self.seconds = 0.0
 
 
 def initial_model(options) -> CharModel:
@@ -439,7 +467,7 @@ class Training:
     def __init__(self, options, folder: Path, corpus: Corpus):
         self.options, self.folder, self.corpus = options, folder, corpus
         self.model = initial_model(options).to(options.device)
-        self.parallel = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
+        self.ddp_model = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = make_optimizer(self.model, options)
         self.epoch_steps = -(-len(corpus.train) // options.batch_size)  # rounded up
         self.steps = options.epochs * self.epoch_steps
@@ -450,38 +478,31 @@ class Training:
 
     def train_step(self, batch) -> None:
         """One batch (T, B): forward, backward, clip, step."""
-        options, progress, since = self.options, self.progress, time.perf_counter()
+        options, progress = self.options, self.progress
+        since = time.perf_counter()
         batch = batch.to(options.device)
         real = batch != PAD_IX
         symbols = int(real.sum())
         record = {} if self.due(options.histograms_every) else None  # of gates and states
 
-        loss = maskedCrossEntropy(self.parallel(batch, record), batch, PAD_IX)
+        nats = maskedCrossEntropy(self.ddp_model(batch, record), batch, PAD_IX) * symbols
         self.optimizer.zero_grad()
-        # Nats over the symbols of a mean batch, not of this one: in long batches and short, each symbol
-        # counts the same. (DDP averages over the processes, so times their number.)
-        (loss * symbols * WORLD / self.mean_symbols).backward()
+        # Over the symbols of a mean batch, not of this one: in long batches and short, each symbol counts
+        # the same. (DDP averages over the processes, so times their number.)
+        (nats * WORLD / self.mean_symbols).backward()
         norm = nn.utils.get_total_norm([parameter.grad for parameter in self.model.parameters()])
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * schedule(progress.step, self.steps)
-        nats, symbols = all_reduce(loss.item() * symbols, symbols)
-        if math.isfinite(nats + norm.item()):
+        all_nats, all_symbols = all_reduce(nats.item(), symbols)
+        finite = math.isfinite(all_nats + norm.item())
+        if finite:  # else the step is skipped
             if record is not None:
                 write_histograms(self.writer, self.model, record, real, progress.step)
             nn.utils.clip_grads_with_norm_(self.model.parameters(), options.clip or math.inf, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = options.lr * schedule(progress.step, self.steps)
             self.optimizer.step()
-            progress.nats += nats
-            progress.symbols += int(symbols)
-            progress.recent_nats += nats
-            progress.recent_symbols += int(symbols)
-            progress.skipped_in_a_row = 0
-        else:
-            progress.skipped += 1
-            progress.skipped_in_a_row += 1
-        progress.seconds += time.perf_counter() - since
+        progress.count(finite, all_nats, int(all_symbols), time.perf_counter() - since)
         if self.due(options.scalars_every) and progress.recent_symbols:
             self.write_scalars(norm)
-            progress.recent_nats, progress.recent_symbols = 0.0, 0
         progress.step += 1
         progress.batch += 1
         if progress.skipped_in_a_row == 3:
@@ -497,6 +518,7 @@ class Training:
             "8_training/characters_per_second": progress.symbols / progress.seconds,
         }.items():
             self.writer.add_scalar(tag, value, progress.step)
+        progress.recent_nats, progress.recent_symbols = 0.0, 0
 
     def due(self, every: int) -> bool:
         """Whether this step is one to write: each `every`-th, and the last; 0 is never."""
@@ -512,12 +534,14 @@ class Training:
 
     def train_epoch(self, bar) -> None:
         """The batches of this epoch that are left, until somebody wants to stop."""
-        options, progress, saved = self.options, self.progress, time.monotonic()
+        options, progress = self.options, self.progress
+        saved = time.monotonic()
         self.model.train()
         bar.set_description_str(f"epoch {progress.epoch + 1}/{options.epochs}")
         for batch in batches(self.corpus.train, options, epoch=progress.epoch, start=progress.batch):
             self.train_step(batch)
-            loss, speed = progress.nats / max(progress.symbols, 1), progress.symbols / progress.seconds
+            loss = progress.nats / max(progress.symbols, 1)
+            speed = progress.symbols / progress.seconds
             bar.set_postfix_str(f"{loss:.3f} nats, {speed:,.0f} characters/s", refresh=False)
             bar.update()
             due = options.save_every and time.monotonic() - saved > options.save_every
@@ -529,12 +553,13 @@ class Training:
 
     def end_epoch(self) -> None:
         """Validate, save (`best.pt` where it is the best so far, `last.pt` always), then say how it went."""
-        options, progress, step = self.options, self.progress, self.progress.step - 1
+        options, progress = self.options, self.progress
+        step = progress.step - 1  # the one just done
         valid = evaluate(self.model, batches(self.corpus.valid, options), options.device)
         if not math.isfinite(valid):
             raise self.diverged("the validation loss is not finite")
-        found = {} if RANK else samples(self.model, "", options.seed + progress.epoch)
-        sentences = {decoder: h.text + ("" if h.ended else " …") for decoder, h in found.items()}
+        written = {} if RANK else samples(self.model, "", options.seed + progress.epoch)
+        sentences = {decoder: h.text + ("" if h.ended else " …") for decoder, h in written.items()}
         if self.writer:
             self.writer.add_scalar("1_loss/validation", valid, step)
             self.writer.add_scalar("8_training/validation_bits_per_character", valid / math.log(2), step)
@@ -542,12 +567,10 @@ class Training:
                 code_block = textwrap.indent(textwrap.fill(sentence, 90), " " * 4)
                 self.writer.add_text(f"samples/{decoder}", code_block, step)
 
-        speed, better = progress.symbols / progress.seconds, valid < progress.best
-        progress.train = progress.nats / max(progress.symbols, 1)
-        progress.best, progress.trained = min(valid, progress.best), progress.trained + progress.seconds
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-        progress.nats, progress.symbols, progress.seconds = 0.0, 0, 0.0
-        for name in ("best.pt", "last.pt") if better else ("last.pt",):
+        speed = progress.symbols / progress.seconds
+        names = ("best.pt", "last.pt") if valid < progress.best_loss else ("last.pt",)
+        progress.end_epoch(valid)
+        for name in names:
             self.save(name)
         with tqdm.external_write_mode():
             self.say_epoch(valid, speed, sentences)
@@ -555,9 +578,9 @@ class Training:
     def say_epoch(self, valid: float, speed: float, sentences: dict[str, str]) -> None:
         """Print what an epoch came to; a sentence is cut to the terminal's width."""
         progress, guess = self.progress, math.log(len(id2lettre))
-        losses = f"training {progress.train:.3f} nats, validation {valid:.3f} nats"
+        losses = f"training {progress.train_loss:.3f} nats, validation {valid:.3f} nats"
         print(f"epoch {progress.epoch}/{self.options.epochs}: {losses}")
-        speed = f"{speed:,.0f} characters/s, {progress.trained:.1f} s of training so far"
+        speed = f"{speed:,.0f} characters/s, {progress.seconds_before:.1f} s of training so far"
         print(f"  {valid / math.log(2):.3f} bits per character, {speed}")
         if progress.skipped:
             print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
@@ -759,12 +782,15 @@ def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
     return flow
 
 
-def both_flows(run: dict, valid: Subset) -> dict[str, dict]:
-    """A run's gradient flow over 64 validation sentences that are long enough, "at_start" and "trained"."""
+def both_flows(checkpoint: dict, valid: Subset) -> dict[str, dict]:
+    """A model's gradient flow over 64 validation sentences that are long enough, "at_start" and "trained"."""
     order = np.argsort(-np.minimum(valid.dataset.lengths[valid.indices], LAGS + 1), kind="stable")
     batch = pad_collate_fn([valid[i] for i in order[:64]])
-    start = initial_model(argparse.Namespace(**run["options"]))
-    return {"at_start": gradient_flow(start, batch), "trained": gradient_flow(model_of(run), batch)}
+    models = {
+        "at_start": initial_model(argparse.Namespace(**checkpoint["options"])),
+        "trained": model_of(checkpoint),
+    }
+    return {when: gradient_flow(model, batch) for when, model in models.items()}
 
 
 @torch.no_grad()
@@ -860,8 +886,9 @@ def write_symbols(writer, emb, folder: Path) -> None:
 
 def look_inside(folder: Path, corpus: Corpus, text: str = "") -> None:
     """Write and print what a run's best model does: gradient flow and named units; or its units on `text`."""
-    run = load_checkpoint(folder / "best.pt")
-    options, model = argparse.Namespace(**run["options"]), model_of(run)
+    checkpoint = load_checkpoint(folder / "best.pt")
+    options = argparse.Namespace(**checkpoint["options"])
+    model = model_of(checkpoint)
     order = list(batches(corpus.valid, options).batch_sampler)
     eight = order[:: -(-len(order) // 8)]  # batches of all lengths
     units = named_units(model, DataLoader(corpus.valid, batch_sampler=eight, collate_fn=pad_collate_fn))
@@ -881,13 +908,13 @@ def look_inside(folder: Path, corpus: Corpus, text: str = "") -> None:
     writer.add_text("units", found)
     writer.add_text("recurrent_matrices", table(matrices))
     write_symbols(writer, model.emb, folder)
-    flows = both_flows(run, corpus.valid)
+    flows = both_flows(checkpoint, corpus.valid)
     for when, flow in flows.items():
         for state, norms in flow.items():
             for lag, norm in enumerate(norms.clamp(min=1e-30).log10().tolist()):
                 writer.add_scalar(f"2_gradient_flow/log10_{state}_{when}", norm, lag)
     writer.close()
-    before, after = (flows[when]["h"][-1].item() for when in ("at_start", "trained"))
+    before, after = (flow["h"][-1].item() for flow in flows.values())
     print(f"Gradient {len(norms) - 1} characters back: {before:.1e} at the start, {after:.1e} trained.")
     if after <= before:
         print("It did not grow: a run that is trained longer shows the lesson of question 5.")
@@ -913,14 +940,14 @@ def copied(texts: list[str], corpus: str) -> dict[str, float]:
     return shares
 
 
-def compare_sentences(runs: dict[str, dict], corpus: Corpus) -> tuple[list[dict], str]:
+def compare_sentences(checkpoints: dict[str, dict], corpus: Corpus) -> tuple[list[dict], str]:
     """What decoders make of the same 20 starts: a table of how much was copied, and the first sentences."""
-    training = "\n".join(corpus.train.dataset.sentences[i] for i in corpus.train.indices)
+    training_text = "\n".join(corpus.train.dataset.sentences[i] for i in corpus.train.indices)
     valid = [corpus.valid.dataset.sentences[i] for i in corpus.valid.indices]
     starts = ["", *dict.fromkeys(sentence.split()[0] + " " for sentence in valid)][:20]
     groups = {("corpus", ""): [(sentence, True) for sentence in valid[:200]]}  # texts; whether they ended
-    for name, run in runs.items():
-        model = model_of(run)
+    for name, checkpoint in checkpoints.items():
+        model = model_of(checkpoint)
         for seed, start in enumerate(starts):
             for decoder, h in samples(model, start, seed).items():
                 groups.setdefault((name, decoder), []).append((h.text, h.ended))
@@ -928,7 +955,7 @@ def compare_sentences(runs: dict[str, dict], corpus: Corpus) -> tuple[list[dict]
     for (name, decoder), group in groups.items():
         texts, ended = zip(*group, strict=True)
         measures = {"ended": sum(ended) / len(ended), "length": int(np.median([*map(len, texts)]))}
-        rows.append({"run": name, "decoder": decoder, **copied(texts, training), **measures})
+        rows.append({"run": name, "decoder": decoder, **copied(texts, training_text), **measures})
         if decoder:
             sentences.append(f"{name}, {decoder}:\n{textwrap.indent(textwrap.fill(texts[0], 72), '    ')}")
     return rows, "\n".join(sentences)
@@ -940,36 +967,37 @@ def comparable(folders: list[Path]) -> dict[str, dict]:
     if not files:
         raise LabError(f"no run in {', '.join(map(str, folders))}: train some with tp5.py --model all")
     top = Path(os.path.commonpath([file.parent.parent for file in files]))
-    runs, fitting = {file.parent.relative_to(top).as_posix(): load_checkpoint(file) for file in files}, {}
-    for name, run in runs.items():
-        sentences = [run["options"][option] for option in ("seed", "maxlen", "maxsent", "lines")]
-        fitting.setdefault((run["sha256"], *sentences), []).append(name)
+    checkpoints = {file.parent.relative_to(top).as_posix(): load_checkpoint(file) for file in files}
+    fitting = {}
+    for name, checkpoint in checkpoints.items():
+        sentences = [checkpoint["options"][option] for option in ("seed", "maxlen", "maxsent", "lines")]
+        fitting.setdefault((checkpoint["sha256"], *sentences), []).append(name)
     if len(fitting) > 1:
         which = "; ".join(", ".join(names) for names in fitting.values())
         raise LabError(f"only runs on the same sentences can be compared, so one of these groups: {which}")
-    return dict(sorted(runs.items(), key=lambda item: [*CELLS].index(item[1]["options"]["model"])))
+    return dict(sorted(checkpoints.items(), key=lambda item: [*CELLS].index(item[1]["options"]["model"])))
 
 
-def compare(folder: Path, runs: dict[str, dict], corpus: Corpus) -> None:
+def compare(folder: Path, checkpoints: dict[str, dict], corpus: Corpus) -> None:
     """The runs side by side: loss, gradient flow, what their decoders write, how much of that is copied."""
     losses, lags = [], []
-    for name, run in runs.items():
-        progress = Progress(**run["progress"])
+    for name, checkpoint in checkpoints.items():
+        progress = Progress(**checkpoint["progress"])
         losses.append(
             {
                 "run": name,
-                "parameters": f"{sum(w.numel() for w in run['weights'].values()):,}",
-                "seconds": round(progress.trained),
-                "training": f"{progress.train:.3f}",
-                "validation": f"{progress.best:.3f}",
-                "bits": f"{progress.best / math.log(2):.3f}",
+                "parameters": f"{sum(w.numel() for w in checkpoint['weights'].values()):,}",
+                "seconds": round(progress.seconds_before),
+                "training": f"{progress.train_loss:.3f}",
+                "validation": f"{progress.best_loss:.3f}",
+                "bits": f"{progress.best_loss / math.log(2):.3f}",
             }
         )
-        for when, flow in both_flows(run, corpus.valid).items():
+        for when, flow in both_flows(checkpoint, corpus.valid).items():
             for state, norms in flow.items():
                 by_lag = {str(lag): norms[lag].item() for lag in range(0, len(norms), 10)}
                 lags.append({"run": name, "of": state, "when": when.replace("_", " "), **by_lag})
-    shares, sentences = compare_sentences(runs, corpus)
+    shares, sentences = compare_sentences(checkpoints, corpus)
     parts = {
         "Loss, in nats per symbol, and validation loss in bits": table(losses),
         "Norm of the gradient, by how many characters it goes back": table(lags),
@@ -1072,20 +1100,20 @@ def train_new(options) -> None:
         compare(folder, comparable([folder]), corpus)
 
 
-def options_of(run: dict, options) -> argparse.Namespace:
+def options_of(checkpoint: dict, options) -> argparse.Namespace:
     """The options that a run was trained with; --data and --epochs may be given anew."""
     anew = {name: getattr(options, name) for name in ("data", "epochs") if getattr(options, name)}
-    return argparse.Namespace(**vars(options) | run["options"] | anew)
+    return argparse.Namespace(**vars(options) | checkpoint["options"] | anew)
 
 
 def resume(options) -> None:
     """Go on with a run; one that has finished is trained further if --epochs says so."""
     file = checkpoint_of(options.resume, "last.pt")
-    run = load_checkpoint(file)
+    checkpoint = load_checkpoint(file)
     with reading(file):
-        options = options_of(run, options)
+        options = options_of(checkpoint, options)
         training = Training(options, file.parent, load_corpus(options))
-        training.restore(run)
+        training.restore(checkpoint)
     if training.progress.epoch < options.epochs:
         print(f"going on after step {training.progress.step:,}")
         train(training)
@@ -1108,12 +1136,12 @@ def look(options) -> None:
 def compare_runs(options) -> None:
     """Compare the runs that the options name."""
     folders = [Path(folder).absolute() for folder in options.compare]
-    runs = comparable(folders)
-    run = next(iter(runs.values()))
-    corpus = load_corpus(options_of(run, options))
-    if corpus.sha256 != run["sha256"]:
+    checkpoints = comparable(folders)
+    checkpoint = next(iter(checkpoints.values()))
+    corpus = load_corpus(options_of(checkpoint, options))
+    if corpus.sha256 != checkpoint["sha256"]:
         raise LabError("the runs were trained on another text: name it with --data")
-    compare(Path(os.path.commonpath(folders)), runs, corpus)
+    compare(Path(os.path.commonpath(folders)), checkpoints, corpus)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def test_validation_loss_is_that_of_torch(runs, small, cell):
         target = pad_collate_fn([sentence])
         loss = torch.nn.functional.cross_entropy(model(target).flatten(0, 1), target.flatten(), reduction="sum")
         nats, symbols = nats + loss.item(), symbols + len(target)
-    best = load_checkpoint(runs / cell / "best.pt")["progress"]["best"]
+    best = load_checkpoint(runs / cell / "best.pt")["progress"]["best_loss"]
     assert nats / symbols == pytest.approx(best, rel=1e-5)
 
 

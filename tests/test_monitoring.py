@@ -174,7 +174,7 @@ def test_tensorboard_reads_every_tag(runs, cell):
     found = sorted(tag.partition("/")[2] for tag in tags["histograms"])
     assert found == sorted([*names, *names, *(f"{cell}_{gate}" for gate in GATES[cell])])
     validation = events.Scalars(one_tag([t for t in tags["scalars"] if "bits" not in t], "loss/validation"))
-    best = load_checkpoint(runs / cell / "best.pt")["progress"]["best"]
+    best = load_checkpoint(runs / cell / "best.pt")["progress"]["best_loss"]
     assert min(point.value for point in validation) == pytest.approx(best)
     for decoder in ("greedy", "sampled", "nucleus", "beam", "nucleus beam"):
         tag = next(tag for tag in tags["tensors"] if tag.endswith(f"samples/{decoder}/text_summary"))
@@ -243,7 +243,7 @@ def test_comparison_says_what_the_checkpoints_say(runs):
     assert [row[0] for row in rows[2:5]] == ["rnn", "gru", "lstm"]
     for row in rows[2:5]:
         figures, checkpoint = dict(zip(rows[0], row, strict=True)), load_checkpoint(runs / row[0] / "best.pt")
-        best = checkpoint["progress"]["best"]
+        best = checkpoint["progress"]["best_loss"]
         assert float(figures["validation"]) == pytest.approx(best, abs=1e-3)
         assert float(figures["bits"]) == pytest.approx(best / math.log(2), abs=1e-3)
         sizes = (weight.numel() for weight in checkpoint["weights"].values())

@@ -35,7 +35,7 @@ def decoded(run: str, decoder: str) -> dict[str, float]:
 
 
 def best_nats(cell: str) -> float:
-    return tp5.load_checkpoint(REFERENCE / cell / "best.pt")["progress"]["best"]
+    return tp5.load_checkpoint(REFERENCE / cell / "best.pt")["progress"]["best_loss"]
 
 
 @pytest.mark.parametrize("cell", CELLS)
