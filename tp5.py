@@ -260,7 +260,8 @@ class Muon(torch.optim.AdamW):
             if not state:  # AdamW asks every state that it loads for a "step"
                 state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(W)
             M = state["momentum"].lerp_(W.grad, 0.05)
-            update = orthogonal(W.grad.lerp(M, 0.95), self.quintics)
+            nesterov = W.grad.lerp(M, 0.95)
+            update = orthogonal(nesterov, self.quintics)
             W.mul_(1 - group["lr"] * group["weight_decay"])
             W.sub_(update, alpha=group["lr"] * max(1, W.shape[0] / W.shape[1]) ** 0.5)
             W.grad = None  # so that AdamW, which comes next, leaves it alone

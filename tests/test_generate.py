@@ -316,6 +316,14 @@ def test_table_by_hand():
     assert [(h.text, h.ended, h.gap) for h in found] == [("b", True, 0), ("aa", False, 0)]
 
 
+@every_cell
+def test_where_no_sentence_can_end_nothing_is_proved(cell, library):
+    """As many letters as symbols leave no room for EOS: the beam's prefix comes back with the beam's own gap."""
+    model = toy(cell, library)
+    [cut] = generate_exact(*model, EOS_IX, "", 3, min_length=3)
+    assert [cut] == generate_beam(*model, EOS_IX, 100, "", 3, n=1, min_length=3) and not cut.ended
+
+
 @settings(max_examples=80, deadline=None)
 @given(toys, st.integers(1, 8), st.integers(0, 2))
 def test_search_error_agrees_with_the_search(model, k, min_length):
