@@ -8,6 +8,7 @@ Run as a script it shows the handout's example, then describes a corpus:
 """
 
 import argparse
+import math
 import os
 import re
 import string
@@ -184,7 +185,7 @@ class BucketSampler(Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)  # rounded up
+        return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self):
         random = np.random.default_rng([self.seed, self.epoch])

@@ -60,7 +60,8 @@ class Cell(nn.Module):
     (T, B, H), and a state of tensors (B, H); without `state` it starts from zeros.
 
     W·[h, x] + b is (W_x·x + b) + W_h·h. The first half needs no history: `project` computes it for
-    all time steps at once. A cell of your own needs `gates` and `one_step`; autograd does the rest.
+    all time steps at once. A cell of your own needs `gates` and `one_step`, and `states` if it has more
+    than h; autograd does the rest.
     """
 
     gates: tuple[str, ...]  # in the order of their rows in the parameters
@@ -225,16 +226,14 @@ QUINTICS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.
 def orthogonal(M, quintics=QUINTICS):
     """U·Vᵀ of a matrix M = U·S·Vᵀ, nearly: its singular values S become about 1 (Newton-Schulz steps).
 
-    X ← aX + bX(XᵀX) + cX(XᵀX)² does to each singular value what the polynomial does to a number. X
-    stays M times a polynomial P of A = XᵀX; A is small, so only A and P are worked on.
+    X ← X·(aI + bA + cA²) with A = XᵀX does to each singular value what the polynomial does to a number.
     """
-    A = M.T @ M
-    size = A.trace() + 1e-30  # ‖M‖², above every σ²
-    A, P = A / size, torch.eye(len(A), device=M.device)
+    X = M / (M.norm() + 1e-15)  # no singular value is above 1
+    identity = torch.eye(M.shape[1], device=M.device)
     for a, b, c in quintics:
-        Q = a * torch.eye(len(A), device=M.device) + b * A + c * A @ A
-        A, P = A @ Q @ Q, P @ Q
-    return M @ P / size.sqrt()
+        A = X.T @ X
+        X = X @ (a * identity + b * A + c * A @ A)
+    return X
 
 
 class Muon(torch.optim.AdamW):
@@ -373,9 +372,11 @@ def event_writer(folder: Path, part: str = "", step: int | None = None):
     """A run's SummaryWriter: from `step` on it replaces what was written, of a `part` the whole file."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
 
-    for old in folder.glob(f"events*.{part}") if part else ():
-        old.unlink()
-    return SummaryWriter(folder, purge_step=step, filename_suffix=part and f".{part}")
+    suffix = f".{part}" if part else ""
+    if part:
+        for old in folder.glob(f"events*{suffix}"):
+            old.unlink()
+    return SummaryWriter(folder, purge_step=step, filename_suffix=suffix)
 
 
 def write_histograms(writer, model, record: dict, real, step: int) -> None:
@@ -470,7 +471,7 @@ class Training:
         self.model = initial_model(options).to(options.device)
         self.ddp_model = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = make_optimizer(self.model, options)
-        self.epoch_steps = -(-len(corpus.train) // options.batch_size)  # rounded up
+        self.epoch_steps = math.ceil(len(corpus.train) / options.batch_size)
         self.steps = options.epochs * self.epoch_steps
         lengths = corpus.train.dataset.lengths[corpus.train.indices]
         self.mean_symbols = (int(lengths.sum()) + len(lengths)) / self.epoch_steps  # of a batch, EOS included
@@ -593,8 +594,9 @@ class Training:
 
     def run(self) -> bool:
         """Train to the end, or until Ctrl-C or SIGTERM; whether it came to the end."""
-        for each in SIGNALS if WORLD == 1 else ():  # torchrun ends its processes itself
-            signal.signal(each, self.stop)
+        if WORLD == 1:  # torchrun ends its processes itself
+            for each in SIGNALS:
+                signal.signal(each, self.stop)
         if not RANK:
             self.writer = event_writer(self.folder, step=self.progress.step)
         if self.progress.step == 0:
@@ -847,7 +849,7 @@ def picture(model, units: list[Unit], text: str, columns: int = 20):
             rows |= {f"its {gate}": values[gate][1:, unit.number] for gate in "fio"}
     width, height, margin = 22, 36, 400  # of a character, of a row, of the labels; pixels
     block = height * (len(rows) + 1)
-    image = Image.new("RGB", (margin + width * columns, block * -(-len(text) // columns)), "white")
+    image = Image.new("RGB", (margin + width * columns, block * math.ceil(len(text) / columns)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(22)
     for y, (label, row) in enumerate(rows.items()):
         for i, value in enumerate((row / row.abs().max().clamp(min=1)).tolist()):
@@ -891,7 +893,7 @@ def look_inside(folder: Path, corpus: Corpus, text: str = "") -> None:
     options = argparse.Namespace(**checkpoint["options"])
     model = model_of(checkpoint)
     order = list(batches(corpus.valid, options).batch_sampler)
-    eight = order[:: -(-len(order) // 8)]  # batches of all lengths
+    eight = order[:: math.ceil(len(order) / 8)]  # batches of all lengths
     units = named_units(model, DataLoader(corpus.valid, batch_sampler=eight, collate_fn=pad_collate_fn))
     rows = [{"unit": f"{u.gate} {u.number}", "follows": u.feature, "correlation": u.r} for u in units]
     found = table(rows) if rows else "none"
@@ -1090,8 +1092,8 @@ def train_new(options) -> None:
     options.lr = defaults["lr"] if options.lr is None else options.lr
     options.batch_size = (options.batch_size or defaults["batch_size"]) * WORLD
     corpus = load_corpus(options)
-    for each in folders.values() if not RANK else ():
-        if (each / "last.pt").exists():
+    for each in folders.values():
+        if not RANK and (each / "last.pt").exists():
             raise LabError(f"{each} holds a run already: go on with --resume, or choose another --run")
         each.mkdir(parents=True, exist_ok=True)
     for model, each in folders.items():
