@@ -62,7 +62,7 @@ def test_gradients_vanish_and_gates_keep_them():
     for state in ("rnn", "h"), ("gru", "h"), ("lstm", "h"), ("lstm", "C"):
         assert lag_40(*state, "at start") < 1e-3
     rnn = lag_40("rnn", "h", "trained")
-    assert lag_40("gru", "h", "trained") > 200 * rnn and lag_40("lstm", "h", "trained") > 3000 * rnn
+    assert lag_40("gru", "h", "trained") > 90 * rnn and lag_40("lstm", "h", "trained") > 1700 * rnn
     assert lag_40("lstm", "C", "trained") > lag_40("lstm", "h", "trained")
 
 
@@ -83,7 +83,7 @@ def test_likelihood_is_not_quality():
     corpus = decoded("corpus", "")
     for cell in CELLS:
         beam, sampled, nucleus = (decoded(cell, name) for name in ("beam", "sampled", "nucleus"))
-        assert beam["length"] < corpus["length"] / 2
+        assert beam["length"] < corpus["length"] / 3.5
         assert sampled["known"] < nucleus["known"] < beam["known"]
         assert abs(nucleus["known"] - corpus["known"]) < 0.05 and beam["copied 16"] > corpus["copied 16"]
         assert max(decoded(cell, name)["copied 32"] for name in ("beam", "sampled", "nucleus")) < 0.01
