@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from textloader import EOS_IX, PAD_IX, LabError, id2lettre, lettre2id
 from textloader import clean, code2string, guard, printable, string2code
@@ -37,8 +38,8 @@ class Hypothesis:
     codes            of the new symbols, without the start text, EOS included where it ended
     log_prob         nats, of those symbols under the model itself
     ended            True if it closed with EOS, False if it was cut at `maxlen`
-    gap              nats by which a sentence that the search did not return may still be better:
-                     0 is a proof, None says that nothing was searched
+    gap              nats by which another sentence that ends within `maxlen` may still be better: 0 is
+                     a proof, None says that nothing was searched
     search_log_prob  nats, under the distribution that was searched or drawn from (see `Predictor`)
     """
 
@@ -99,7 +100,7 @@ class Predictor:
             raise ValueError(f"top_k is {top_k}, must be at least 1")
         self.rnn, self.emb, self.decoder, self.device = rnn, emb, decoder, emb.weight.device
         self.temperature, self.top_k, self.alpha = temperature, top_k, alpha
-        self.nucleus = p_nucleus(lambda logits: logits, alpha)
+        self.nucleus = p_nucleus(nn.Identity(), alpha)
         self.table = rnn.project(emb.weight) if hasattr(rnn, "project") else None  # (V, G·H)
         self.blank = torch.tensor([PAD_IX], device=self.device)
 
@@ -122,8 +123,8 @@ class Predictor:
             projected = self.table[symbols]
             state = self.rnn.one_step(projected, self.rnn.zero_state(projected) if state is None else state)
             h = state[0] if isinstance(state, tuple) else state
-        model = self.log_probs(h)
-        return model, self.warp(model), state
+        log_probs = self.log_probs(h)
+        return log_probs, self.warp(log_probs), state
 
     def log_probs(self, h):
         """Hidden states (…, H) → log-probabilities (…, V) of the next symbol, which is never BLANK."""
@@ -173,14 +174,15 @@ def generate(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, temperature=0.0
     symbol, state = predictor.prompt(eos, start)
     codes, log_prob, search_log_prob = [], 0.0, 0.0
     while len(codes) < maxlen and eos not in codes[-1:]:
-        model, search, state = predictor.step(symbol, state)
+        log_probs, search_log_probs, state = predictor.step(symbol, state)  # (1, V)
         if temperature == 0:
-            symbol = search.argmax(-1)
+            symbol = search_log_probs.argmax(-1)
         else:
-            symbol = torch.multinomial(search[0].exp().cpu(), 1, generator=generator).to(predictor.device)
+            probs = search_log_probs[0].exp().cpu()
+            symbol = torch.multinomial(probs, 1, generator=generator).to(predictor.device)
         codes.append(symbol.item())
-        log_prob += model[0, codes[-1]].item()
-        search_log_prob += search[0, codes[-1]].item()
+        log_prob += log_probs[0, codes[-1]].item()
+        search_log_prob += search_log_probs[0, codes[-1]].item()
     return Hypothesis(bytes(codes), log_prob, eos in codes, None, search_log_prob)
 
 
@@ -196,24 +198,25 @@ def beam_steps(predictor, eos, k, start, maxlen, n, min_length):
     symbols, state = predictor.prompt(eos, start)
     live, ended, bound = [Hypothesis()], [], NEVER
     for length in range(1, maxlen + 1):
-        model, search, state = predictor.step(symbols, state)
+        log_probs, search_log_probs, state = predictor.step(symbols, state)
+        scores = search_log_probs + search_log_probs.new_tensor([h.search_log_prob for h in live])[:, None]
         if length <= min_length:
-            search = search.index_fill(-1, torch.tensor([eos], device=predictor.device), NEVER)
-        scores = search + search.new_tensor([h.search_log_prob for h in live])[:, None]
+            scores[:, eos] = NEVER
         best, places = scores.flatten().topk(min(k + 1, scores.numel()))
-        own = model.flatten()[places].tolist()
+        log_probs = log_probs.flatten()[places]
 
-        competing = [(h, None) for h in ended]
-        for score, place, symbol_log_prob in zip(best.tolist(), places.tolist(), own, strict=True):
+        competing = [(h, None) for h in ended]  # with the row of its parent
+        for score, place, log_prob in zip(best.tolist(), places.tolist(), log_probs.tolist(), strict=True):
             row, symbol = divmod(place, scores.shape[1])
             codes = live[row].codes + bytes([symbol])
-            child = Hypothesis(codes, live[row].log_prob + symbol_log_prob, symbol == eos, None, score)
+            child = Hypothesis(codes, live[row].log_prob + log_prob, symbol == eos, None, score)
             competing.append((child, row))
         competing.sort(key=lambda pair: -pair[0].search_log_prob)
 
         live, ended, rows = [], [], []
         for rank, (h, row) in enumerate(competing):
-            if rank == k or h.search_log_prob == NEVER or (len(ended) == n and not live):
+            all_found = len(ended) == n and not live
+            if rank == k or all_found or h.search_log_prob == NEVER:
                 bound = max(bound, h.search_log_prob)
                 break
             if h.ended:
@@ -233,8 +236,8 @@ def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, n=None,
     """Questions 6 and 7: beam search for the likeliest sentences; `alpha` below 1: nucleus beam.
 
     At every step the `k` likeliest prefixes are kept, live and ended together, so `k = 1` is greedy. A
-    prefix's log-probability can only fall: so the largest among those let go bounds every sentence that is
-    not returned. What a sentence lacks to that bound is its `gap`; one without gap is proved the likeliest.
+    prefix's log-probability can only fall: so the largest among those let go bounds every sentence that
+    ends within `maxlen` and is not returned. `gap` is that bound minus a sentence's own score, at least 0.
 
     n           sentences wanted (None: k); the search stops when no live prefix can be among them
     min_length  a sentence of fewer characters does not count
@@ -274,42 +277,43 @@ def generate_exact(
 
     A prefix is read only while it scores above the best sentence known, at first a beam's. The frontier is
     a heap of batches of children, the one with the likeliest child first. After `budget` prefixes the
-    search gives up; `gap` then says how much better the optimum may be. Else as `generate_beam`.
+    search gives up; `gap` then says how much better the optimum may be. Where no sentence ends, the
+    result is the beam's. Else as `generate_beam`.
     """
     predictor, parts = Predictor(rnn, emb, decoder, **options), (rnn, emb, decoder, eos)
-    found = generate_beam(*parts, SEED_BEAM, start, maxlen, n=1, min_length=min_length, **options)
-    best = found[0] if found and found[0].ended else Hypothesis(search_log_prob=NEVER)
-    frontier, pushed, left = [], 0, budget
+    by_beam = generate_beam(*parts, SEED_BEAM, start, maxlen, n=1, min_length=min_length, **options)
+    best = by_beam[0] if by_beam and by_beam[0].ended else Hypothesis(search_log_prob=NEVER)
+    frontier, pushed, unread = [], 0, budget
     symbols, state = predictor.prompt(eos, start)
-    codes, scores, own = [b""], torch.zeros(1, dtype=torch.float64, device=predictor.device), torch.zeros(1)
+    codes, scores = [b""], torch.zeros(1, dtype=torch.float64, device=predictor.device)
+    model_scores = scores
     while True:
-        model, search, state = predictor.step(symbols, state)
-        left -= len(codes)
-        scores, own = scores[:, None] + search, own.to(model)[:, None] + model  # (K, V)
+        log_probs, search_log_probs, state = predictor.step(symbols, state)
+        unread -= len(codes)
+        scores, model_scores = scores[:, None] + search_log_probs, model_scores[:, None] + log_probs  # (K, V)
         length = len(codes[0])  # all prefixes of a batch have one length
-        end, row = scores[:, eos].max(0)
-        if length >= min_length and end > best.search_log_prob:
-            best = Hypothesis(codes[row] + bytes([eos]), own[row, eos].item(), True, None, end.item())
+        score, winner = scores[:, eos].max(0)
+        if length >= min_length and score > best.search_log_prob:
+            log_prob = model_scores[winner, eos].item()
+            best = Hypothesis(codes[winner] + bytes([eos]), log_prob, True, None, score.item())
         scores[:, eos] = NEVER
         if length + 1 < maxlen:
-            rows, symbols = (scores > best.search_log_prob).nonzero(as_tuple=True)
-            order = scores[rows, symbols].argsort(descending=True)
-            for row, symbol in zip(rows[order].split(BATCH), symbols[order].split(BATCH), strict=True):
-                if len(row):
-                    children = scores[row, symbol], own[row, symbol], symbol, row, codes, state
-                    pushed += 1  # breaks ties
-                    heapq.heappush(frontier, (-children[0][0].item(), pushed, children))
+            parents, children = (scores > best.search_log_prob).nonzero(as_tuple=True)
+            order = scores[parents, children].argsort(descending=True)
+            for part in order.split(BATCH) if len(order) else ():
+                p, c = parents[part], children[part]
+                batch = scores[p, c], model_scores[p, c], c, p, codes, state
+                pushed += 1  # breaks ties
+                heapq.heappush(frontier, (-batch[0][0].item(), pushed, batch))
         bound = -frontier[0][0] if frontier else NEVER
-        if bound <= best.search_log_prob or left <= 0:
+        if bound <= best.search_log_prob or unread <= 0:
             break
-        scores, own, symbols, rows, parents, state = heapq.heappop(frontier)[2]
+        scores, model_scores, symbols, rows, codes, state = heapq.heappop(frontier)[2]
         kept = scores > best.search_log_prob
-        scores, own, symbols, rows = scores[kept], own[kept], symbols[kept], rows[kept]
+        scores, model_scores, symbols, rows = scores[kept], model_scores[kept], symbols[kept], rows[kept]
         state = select(state, rows)
-        pairs = zip(rows.tolist(), symbols.tolist(), strict=True)
-        codes = [parents[row] + bytes([symbol]) for row, symbol in pairs]
-    found = [best] if best.ended else found
-    return [replace(h, gap=max(0.0, bound - h.search_log_prob)) for h in found]
+        codes = [codes[p] + bytes([c]) for p, c in zip(rows.tolist(), symbols.tolist(), strict=True)]
+    return [replace(best, gap=max(0.0, bound - best.search_log_prob))] if best.ended else by_beam
 
 
 # -------------------------------------------------------------------------------- looking at a text
@@ -337,7 +341,7 @@ def score(rnn, emb, decoder, eos, text, start="", *, ended=True) -> float:
 def show_trace(hypothesis, start: str, parts, alpha: float) -> None:
     """Print the model's view of a sentence, a line for each symbol."""
     log_probs = predictions(*parts, hypothesis.codes, start)
-    in_nucleus = p_nucleus(lambda logits: logits, alpha)(log_probs) > 0  # (n, V)
+    in_nucleus = p_nucleus(nn.Identity(), alpha)(log_probs) > 0  # (n, V)
     print(f"    symbol  probability  rank  in nucleus of {alpha:g} (size)  probability of EOS")
     for row, kept, code in zip(log_probs, in_nucleus, hypothesis.codes, strict=True):
         rank, nucleus = int((row > row[code]).sum()) + 1, f"{'yes' if kept[code] else 'no'} ({kept.sum()})"
@@ -376,15 +380,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if nothing else super()._get_help_string(action)
 
 
-def newest_checkpoint(name: str = "best.pt") -> Path:
-    """The checkpoint of this name saved last in `runs`, else the reference's; LabError if there is none."""
+def checkpoint_of(run: str | None, name: str = "best.pt") -> Path:
+    """A run's checkpoint of this name; of the run saved last, else of the reference, if `run` names none.
+
+    Raises LabError if there is no run at all.
+    """
+    if run:
+        return Path(run) / name if Path(run).is_dir() else Path(run)
     reference = RUNS / "reference"
     own = [found for found in RUNS.glob(f"**/{name}") if reference not in found.parents]
-    if own:
-        return max(own, key=lambda found: found.stat().st_mtime)
-    if not (reference / "lstm" / name).exists():
+    newest = max(own, key=lambda found: found.stat().st_mtime, default=reference / "lstm" / name)
+    if not newest.exists():
         raise LabError(f"no run in {RUNS} yet: train one first with `python tp5.py --model lstm`")
-    return reference / "lstm" / name
+    return newest
 
 
 def describe(h: Hypothesis) -> str:
@@ -396,8 +404,8 @@ def describe(h: Hypothesis) -> str:
     said.append("ended" if h.ended else "cut at --maxlen")
     certificate = ""
     if h.gap is not None:
-        proof = "proved: no other is likelier" + (" with the options" if warped else "")
-        certificate = "\n    " + (f"another may be up to {h.gap:.2f} nats likelier" if h.gap else proof)
+        doubt = f"another may be up to {h.gap:.3g} nats likelier"
+        certificate = "\n    " + (doubt if h.gap else "proved: no other is likelier with these options")
     return ", ".join(said) + certificate
 
 
@@ -429,9 +437,10 @@ def show(decoder: str, options, parts) -> None:
         name if value is True else f"{name} {value}" for name, value in chosen.items() if value is not None
     )
     print("\n" + ", ".join(said))
-    place, since = (options.start, options.maxlen), time.perf_counter()
-    warping = {"top_k": options.top_k, "alpha": options.nucleus or 1.0}
-    warping["temperature"] = 1.0 if options.temperature is None else options.temperature
+    since = time.perf_counter()
+    place = (options.start, options.maxlen)
+    temperature = 1.0 if options.temperature is None else options.temperature
+    warping = {"temperature": temperature, "top_k": options.top_k, "alpha": options.nucleus or 1.0}
     k, n, min_length = options.beam or 5, options.n or 1, options.min_length or 0
     if decoder == "greedy":
         found = [generate(*parts, *place)]
@@ -450,9 +459,10 @@ def show(decoder: str, options, parts) -> None:
     if not found:
         print("    nothing: --min-length, --nucleus and --top-k leave no sentence")
     if decoder == "exact":
-        gave_up = f", gave up after {options.budget:,} prefixes (--budget)" if found and found[0].gap else ""
+        ended = found and found[0].ended
+        gave_up = f", gave up after {options.budget:,} prefixes (--budget)" if ended and found[0].gap else ""
         print(f"    searched for {time.perf_counter() - since:.1f} s{gave_up}")
-        if found and found[0].ended and found[0].gap == 0:
+        if ended and found[0].gap == 0:
             print(f"    {where_a_beam_loses(found[0].codes, k, parts, place, warping)}")
 
 
@@ -469,7 +479,7 @@ def command_parser() -> argparse.ArgumentParser:
             help="the likeliest sentence, proved, and where a beam (of --beam K, else 5) loses it")
     add("--beam", type=width, metavar="K", help="beam search that keeps the K likeliest prefixes")
     add("--temperature", type=number(float, 0, 1000), metavar="T",
-        help="divide the logits by T: below 1 safer, above 1 bolder, 0 is greedy")
+        help="divide the logits by T: below 1 safer, above 1 bolder; with --sample, 0 is greedy")
     add("--top-k", type=width, metavar="N", help="only the N likeliest symbols")
     add("--nucleus", type=number(float, 1e-9, 1), metavar="ALPHA",
         help="only the likeliest symbols of mass ALPHA (after temperature and top-k)")
@@ -478,7 +488,7 @@ def command_parser() -> argparse.ArgumentParser:
     add("--min-length", type=few, metavar="N", help="fewest characters, for --beam and --exact")
     add("--budget", type=number(int, 1, 10**9), default=BUDGET, metavar="N",
         help="prefixes that --exact may read")
-    add("-n", type=many, metavar="N", help="sentences to draw, or the N best of a beam")
+    add("-n", "--n", type=many, metavar="N", help="sentences to draw, or the N best of a beam")
     add("--trace", action="store_true", help="the model's view of each sentence, symbol by symbol")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random draws")
     add("--checkpoint", type=path, metavar="FILE",
@@ -505,10 +515,10 @@ def main() -> None:
     parser = command_parser()
     options = parser.parse_args()
     decoder = chosen_decoder(options, parser)
-    checkpoint = Path(options.checkpoint or newest_checkpoint())
+    checkpoint = checkpoint_of(options.checkpoint)
     from tp5 import load_model  # tp5 imports this file
 
-    model = load_model(checkpoint / "best.pt" if checkpoint.is_dir() else checkpoint)
+    model = load_model(checkpoint)
     print(printable(f"{checkpoint}: {model.cell}, start {options.start!r}, seed {options.seed}"))
     k = max(5, options.n or 1)
     each = [("greedy", {}), ("sample", {}), ("sample", {"temperature": 0.5}), ("sample", {"nucleus": 0.9}),
@@ -516,7 +526,7 @@ def main() -> None:
     try:
         options.start = code2string(codes_of(options.start))
         for name, more in [(decoder, {})] if decoder else each:
-            values = vars(options) | {name: getattr(options, name) or True} | more
+            values = vars(options) | ({} if name == "beam" else {name: True}) | more
             show(name, argparse.Namespace(**values), (model.rnn, model.emb, model.decoder, EOS_IX))
     except ValueError as error:
         raise LabError(error) from None

@@ -8,6 +8,7 @@ Run as a script it shows the handout's example, then describes a corpus:
 """
 
 import argparse
+import math
 import os
 import re
 import string
@@ -169,13 +170,11 @@ class BucketSampler(Sampler):
     """Batches of indices for `DataLoader(batch_sampler=…)`: sentences of like length together.
 
     lengths  of the sentences: (n,)
-    shuffle  batches in random order, and sentences of like length meet in other batches each epoch
-             (`set_epoch`), as `seed` says; otherwise all by length
+    shuffle  batches in random order, and lengths jittered by 2 %, so that sentences of like length meet
+             in other batches each epoch (`set_epoch`), as `seed` says; otherwise all by length
 
     Each epoch takes every index once. Padding is then 2 % of the symbols; in random batches, 65 %.
     """
-
-    JITTER = 0.02  # of a length, when sentences of like length are shuffled
 
     def __init__(self, lengths, batch_size: int, *, shuffle: bool = True, seed: int = 0):
         self.lengths = np.asarray(lengths)
@@ -186,15 +185,15 @@ class BucketSampler(Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)  # rounded up
+        return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self):
         random = np.random.default_rng([self.seed, self.epoch])
-        like, starts = self.lengths, np.arange(len(self)) * self.batch_size
+        sort_key, starts = self.lengths, np.arange(len(self)) * self.batch_size
         if self.shuffle:
-            like = like * (1 + self.JITTER * random.random(len(like), dtype=np.float32))
+            sort_key = sort_key * (1 + 0.02 * random.random(len(sort_key), dtype=np.float32))
             random.shuffle(starts)
-        order = np.argsort(like, kind="stable")
+        order = np.argsort(sort_key, kind="stable")
         for start in starts:
             yield order[start : start + self.batch_size].tolist()
 

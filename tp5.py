@@ -11,7 +11,6 @@ import argparse
 import ctypes
 import hashlib
 import io
-import itertools
 import math
 import os
 import re
@@ -22,7 +21,7 @@ import sys
 import textwrap
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, Subset, random_split
 from tqdm import tqdm
 
-from generate import RUNS, HelpFormatter, generate, generate_beam, newest_checkpoint, number, path
+from generate import RUNS, HelpFormatter, checkpoint_of, generate, generate_beam, number, path
 from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, id2lettre
 from textloader import BucketSampler, TextDataset, clean, code2string, pad_collate_fn, read_text, string2code
 from textloader import LabError, guard, printable
@@ -61,7 +60,8 @@ class Cell(nn.Module):
     (T, B, H), and a state of tensors (B, H); without `state` it starts from zeros.
 
     W·[h, x] + b is (W_x·x + b) + W_h·h. The first half needs no history: `project` computes it for
-    all time steps at once. A cell of your own needs `gates` and `equations`; autograd does the rest.
+    all time steps at once. A cell of your own needs `gates` and `one_step`, and `states` if it has more
+    than h; autograd does the rest.
     """
 
     gates: tuple[str, ...]  # in the order of their rows in the parameters
@@ -79,14 +79,17 @@ class Cell(nn.Module):
             nn.init.xavier_uniform_(gate)
         for gate in self.hidden_weight.chunk(len(self.gates)):
             nn.init.orthogonal_(gate)  # keeps the norm of h, and of gradients
-
-    def equations(self, projected, state):
-        """One time step: projected (B, G·H), the state before → the state after, every value by name."""
-        raise NotImplementedError
+        self.record = None  # a dict gets what `keep` is given, as lists over time
 
     def one_step(self, projected, state):
         """One time step: projected (B, G·H) and the state before → the state after."""
-        return self.equations(projected, state)[0]
+        raise NotImplementedError
+
+    def keep(self, **values) -> None:
+        """Add this step's gates and states to `record`, if somebody wants to see them."""
+        if self.record is not None:
+            for name, value in values.items():
+                self.record.setdefault(name, []).append(value)
 
     def project(self, x):
         """W_x·x + b of every gate: (…, E) → (…, G·H)."""
@@ -97,18 +100,14 @@ class Cell(nn.Module):
         zeros = like.new_zeros(like.shape[0], self.hidden_size)
         return zeros if len(self.states) == 1 else (zeros,) * len(self.states)
 
-    def unroll(self, projected, state=None, record=None):
-        """All time steps: projected (T, B, G·H) → output (T, B, H), the state after the last step.
-
-        A dict `record` gets every gate and state by name, as a list of T tensors (B, H).
-        """
-        state, outputs = self.zero_state(projected[0]) if state is None else state, []
-        for step in projected.unbind():
-            state, values = self.equations(step, state)
-            outputs.append(values["h"])
-            if record is not None:
-                for name, value in values.items():
-                    record.setdefault(name, []).append(value)
+    def unroll(self, projected, state=None):
+        """All time steps: projected (T, B, G·H) → output (T, B, H), the state after the last step."""
+        if state is None:
+            state = self.zero_state(projected[0])
+        outputs = []
+        for of_step in projected.unbind():
+            state = self.one_step(of_step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)  # h
         return torch.stack(outputs), state
 
     def forward(self, x, state=None):
@@ -120,9 +119,10 @@ class RNN(Cell):
 
     gates = ("h",)
 
-    def equations(self, projected, h):
+    def one_step(self, projected, h):
         h = torch.tanh(projected + h @ self.hidden_weight.T)
-        return h, dict(h=h)
+        self.keep(h=h)
+        return h
 
 
 class LSTM(Cell):
@@ -144,7 +144,7 @@ class LSTM(Cell):
         super().__init__(input_size, hidden_size)
         nn.init.ones_(self.bias[:hidden_size])  # the forget gate's: at first the memory is kept
 
-    def equations(self, projected, state):
+    def one_step(self, projected, state):
         h, C = state
         f, i, candidate, o = (projected + h @ self.hidden_weight.T).chunk(4, dim=-1)
         f = torch.sigmoid(f)
@@ -153,7 +153,8 @@ class LSTM(Cell):
         C = f * C + i * candidate
         o = torch.sigmoid(o)
         h = o * torch.tanh(C)
-        return (h, C), dict(f=f, i=i, candidate=candidate, C=C, o=o, h=h)
+        self.keep(f=f, i=i, candidate=candidate, C=C, o=o, h=h)
+        return h, C
 
 
 class GRU(Cell):
@@ -169,13 +170,15 @@ class GRU(Cell):
     gates = ("z", "r", "candidate")
     has_bias = False
 
-    def equations(self, projected, h):
+    def one_step(self, projected, h):
         sizes = [2 * self.hidden_size, self.hidden_size]
-        (W_zr, W), (x_zr, x) = self.hidden_weight.split(sizes), projected.split(sizes, dim=-1)
+        W_zr, W_candidate = self.hidden_weight.split(sizes)
+        x_zr, x_candidate = projected.split(sizes, dim=-1)
         z, r = torch.sigmoid(x_zr + h @ W_zr.T).chunk(2, dim=-1)
-        candidate = torch.tanh(x + (r * h) @ W.T)
+        candidate = torch.tanh(x_candidate + (r * h) @ W_candidate.T)
         h = (1 - z) * h + z * candidate
-        return h, dict(z=z, r=r, candidate=candidate, h=h)
+        self.keep(z=z, r=r, candidate=candidate, h=h)
+        return h
 
 
 CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
@@ -200,13 +203,14 @@ class CharModel(nn.Module):
     def forward(self, targets, record=None):
         """Targets (T, B), each sentence closed by EOS → logits (T, B, V) that predict exactly those.
 
-        A dict `record` gets the cell's gates and states (see `Cell.unroll`).
+        A dict `record` gets every gate and state by name, as a list of T tensors (B, H).
         """
+        self.rnn.record = record
         inputs = torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])  # EOS opens
         if isinstance(self.rnn, Cell):
             # Only V symbols exist: project each once, then look up instead of multiplying T·B times.
             symbols = self.rnn.project(self.emb.weight)  # (V, G·H)
-            output, _ = self.rnn.unroll(F.embedding(inputs, symbols), record=record)  # (T, B, H)
+            output, _ = self.rnn.unroll(F.embedding(inputs, symbols))  # (T, B, H)
         else:
             output, _ = self.rnn(self.emb(inputs))
         return self.decoder(output)
@@ -222,16 +226,14 @@ QUINTICS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.
 def orthogonal(M, quintics=QUINTICS):
     """U·Vᵀ of a matrix M = U·S·Vᵀ, nearly: its singular values S become about 1 (Newton-Schulz steps).
 
-    X ← aX + bX(XᵀX) + cX(XᵀX)² does to each singular value what the polynomial does to a number. X
-    stays M times a polynomial P of A = XᵀX; A is small, so only A and P are worked on.
+    X ← X·(aI + bA + cA²) with A = XᵀX does to each singular value what the polynomial does to a number.
     """
-    A = M.T @ M
-    size = A.trace() + 1e-30  # ‖M‖², above every σ²
-    A, P = A / size, torch.eye(len(A), device=M.device)
+    X = M / (M.norm() + 1e-15)  # no singular value is above 1
+    identity = torch.eye(M.shape[1], device=M.device)
     for a, b, c in quintics:
-        Q = a * torch.eye(len(A), device=M.device) + b * A + c * A @ A
-        A, P = A @ Q @ Q, P @ Q
-    return M @ P / size.sqrt()
+        A = X.T @ X
+        X = X @ (a * identity + b * A + c * A @ A)
+    return X
 
 
 class Muon(torch.optim.AdamW):
@@ -257,14 +259,15 @@ class Muon(torch.optim.AdamW):
             if not state:  # AdamW asks every state that it loads for a "step"
                 state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(W)
             M = state["momentum"].lerp_(W.grad, 0.05)
-            update = orthogonal(W.grad.lerp(M, 0.95), self.quintics)
+            nesterov = W.grad.lerp(M, 0.95)
+            update = orthogonal(nesterov, self.quintics)
             W.mul_(1 - group["lr"] * group["weight_decay"])
             W.sub_(update, alpha=group["lr"] * max(1, W.shape[0] / W.shape[1]) ** 0.5)
             W.grad = None  # so that AdamW, which comes next, leaves it alone
         super().step()
 
 
-DEFAULTS = {"muon": {"lr": 0.05, "batch_size": 48}, "adamw": {"lr": 0.008, "batch_size": 32}}
+DEFAULTS = {"muon": {"lr": 0.05, "batch_size": 64}, "adamw": {"lr": 0.008, "batch_size": 32}}
 
 
 def make_optimizer(model, options):
@@ -292,20 +295,6 @@ def schedule(step: int, steps: int) -> float:
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-@contextmanager
-def process_group(device: str):
-    """Join torchrun's other processes, if there are any."""
-    if WORLD == 1:
-        yield
-        return
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    with redirect_stdout(None) if RANK else nullcontext():
-        yield
-    distributed.destroy_process_group()
-
-
 def all_reduce(*numbers: float) -> list[float]:
     """Each number's sum over all processes."""
     if WORLD == 1:
@@ -330,14 +319,17 @@ class Corpus:
 
 def load_corpus(options) -> Corpus:
     """The corpus that the options name; says what was left out of it."""
-    text, name = read_text(options.data or CORPUS), printable(options.data or CORPUS.name)
+    text = read_text(options.data or CORPUS)
+    name = printable(options.data or CORPUS.name)
     dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen, lines=options.lines)
-    count, left_out = len(dataset), dataset.left_out() or "nothing"
+    count = len(dataset)
+    left_out = dataset.left_out() or "nothing"
     if count < 2:
         what = "a sentence ends with . ! or ?; with --lines, each line is an example"
         raise LabError(f"{name} has {count} sentence(s), training needs 2: {what} (left out: {left_out})")
-    held_out, seed = max(1, count // 10), torch.Generator().manual_seed(options.seed)
-    train, valid = random_split(dataset, [count - held_out, held_out], seed)
+    held_out = max(1, count // 10)
+    generator = torch.Generator().manual_seed(options.seed)
+    train, valid = random_split(dataset, [count - held_out, held_out], generator)
     print(f"{name}: {count:,} sentences, {len(train):,} to train on, {held_out:,} to validate")
     print(textwrap.fill(f"left out: {left_out}", 79, subsequent_indent="  "))
     lost = dataset.dropped.total() / len(text)
@@ -353,7 +345,7 @@ def batches(split: Subset, options, *, epoch: int | None = None, start: int = 0)
     sampler = BucketSampler(lengths, options.batch_size, shuffle=epoch is not None, seed=options.seed)
     sampler.set_epoch(epoch or 0)
     # A batch is sorted by length (nearly), so that every WORLD-th sentence makes shards of equal work.
-    shards = [batch[RANK::WORLD] for batch in itertools.islice(sampler, start, None)]
+    shards = [batch[RANK::WORLD] for batch in sampler][start:]
     return DataLoader(split, batch_sampler=shards, collate_fn=pad_collate_fn)
 
 
@@ -380,9 +372,11 @@ def event_writer(folder: Path, part: str = "", step: int | None = None):
     """A run's SummaryWriter: from `step` on it replaces what was written, of a `part` the whole file."""
     from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
 
-    for old in folder.glob(f"events*.{part}") if part else ():
-        old.unlink()
-    return SummaryWriter(folder, purge_step=step, filename_suffix=part and f".{part}")
+    suffix = f".{part}" if part else ""
+    if part:
+        for old in folder.glob(f"events*{suffix}"):
+            old.unlink()
+    return SummaryWriter(folder, purge_step=step, filename_suffix=suffix)
 
 
 def write_histograms(writer, model, record: dict, real, step: int) -> None:
@@ -391,7 +385,7 @@ def write_histograms(writer, model, record: dict, real, step: int) -> None:
         writer.add_histogram(f"6_gradients/{name}", parameter.grad.cpu(), step, bins=64)
         writer.add_histogram(f"7_parameters/{name}", parameter.detach().cpu(), step, bins=64)
     for name, values in record.items():
-        values = torch.stack(values).detach().cpu()[real]  # (real symbols, H)
+        values = torch.stack(values).detach()[real].cpu()  # (real symbols, H)
         writer.add_histogram(f"5_gates/{model.cell}_{name}", values, step, bins=64)
 
 
@@ -427,12 +421,33 @@ class Progress:
     seconds: float = 0.0
     recent_nats: float = 0.0  # sums since scalars were last written
     recent_symbols: int = 0
-    trained: float = 0.0  # seconds, of the epochs before
-    train: float = math.inf  # training loss of the last epoch, nats
-    best: float = math.inf  # validation loss, nats
-    clipped: int = 0  # steps since the start
+    seconds_before: float = 0.0  # of the epochs before
+    train_loss: float = math.inf  # of the last epoch, nats
+    best_loss: float = math.inf  # on the validation sentences, nats
     skipped: int = 0  # steps since the start whose loss or gradient was not finite
     skipped_in_a_row: int = 0
+
+    def count(self, finite: bool, nats: float, symbols: int, seconds: float) -> None:
+        """Add a step's losses and symbols, or that it was skipped."""
+        self.seconds += seconds
+        if finite:
+            self.nats += nats
+            self.symbols += symbols
+            self.recent_nats += nats
+            self.recent_symbols += symbols
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+
+    def end_epoch(self, valid_loss: float) -> None:
+        """Turn the epoch's sums into its losses, and begin the next."""
+        self.train_loss = self.nats / max(self.symbols, 1)
+        self.best_loss = min(valid_loss, self.best_loss)
+        self.seconds_before += self.seconds
+        self.epoch += 1
+        self.batch = self.symbols = 0
+        self.nats = self.seconds = 0.0
 
 
 def initial_model(options) -> CharModel:
@@ -443,8 +458,9 @@ def initial_model(options) -> CharModel:
     return model
 
 
-FORMAT = 4  # of checkpoints
-COMMAND_OPTIONS = ["run", "resume", "compare", "look", "device", "threads", "save_every"]  # not saved
+FORMAT = 5  # of checkpoints
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a polite kill
+NOT_SAVED = ("run", "resume", "compare", "look", "device", "threads", "save_every")  # options of one command
 
 
 class Training:
@@ -453,66 +469,63 @@ class Training:
     def __init__(self, options, folder: Path, corpus: Corpus):
         self.options, self.folder, self.corpus = options, folder, corpus
         self.model = initial_model(options).to(options.device)
-        self.parallel = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
+        self.ddp_model = self.model if WORLD == 1 else nn.parallel.DistributedDataParallel(self.model)
         self.optimizer = make_optimizer(self.model, options)
-        self.epoch_steps = -(-len(corpus.train) // options.batch_size)  # rounded up
+        self.epoch_steps = math.ceil(len(corpus.train) / options.batch_size)
         self.steps = options.epochs * self.epoch_steps
         lengths = corpus.train.dataset.lengths[corpus.train.indices]
         self.mean_symbols = (int(lengths.sum()) + len(lengths)) / self.epoch_steps  # of a batch, EOS included
-        self.progress, self.writer, self.stopping = Progress(), None, False
+        self.progress, self.stopping = Progress(), False
+        self.writer = None  # in process 0, while it runs
 
-    def train_step(self, batch) -> tuple[float, int, float]:
-        """One batch (T, B): forward, backward, clip, step.
-
-        Returns, over all processes, the sum of its losses in nats and its symbols; and its gradient's norm.
-        """
-        step, every = self.progress.step, self.options.histograms_every
-        record_now = self.writer and every and (step % every == 0 or step == self.steps - 1)
-        record = {} if record_now else None  # of gates and states
-        batch = batch.to(self.options.device)
+    def train_step(self, batch) -> None:
+        """One batch (T, B): forward, backward, clip, step."""
+        options, progress = self.options, self.progress
+        since = time.perf_counter()
+        batch = batch.to(options.device)
         real = batch != PAD_IX
         symbols = int(real.sum())
+        record = {} if self.due(options.histograms_every) else None  # of gates and states
 
-        loss = maskedCrossEntropy(self.parallel(batch, record), batch, PAD_IX)
+        nats = maskedCrossEntropy(self.ddp_model(batch, record), batch, PAD_IX) * symbols
         self.optimizer.zero_grad()
-        # Nats over the symbols of a mean batch, not of this one: in long batches and short, each symbol
-        # counts the same. (DDP averages over the processes, so times their number.)
-        (loss * symbols * WORLD / self.mean_symbols).backward()
-        parameters = [*self.model.parameters()]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        nats, symbols = all_reduce(loss.item() * symbols, symbols)
-        if math.isfinite(nats + norm.item()):  # else the step is skipped
+        # Over the symbols of a mean batch, not of this one: in long batches and short, each symbol counts
+        # the same. (DDP averages over the processes, so times their number.)
+        (nats * WORLD / self.mean_symbols).backward()
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.model.parameters()])
+        all_nats, all_symbols = all_reduce(nats.item(), symbols)
+        finite = math.isfinite(all_nats + norm.item())
+        if finite:  # else the step is skipped
             if record is not None:
-                write_histograms(self.writer, self.model, record, real.cpu(), step)
-            nn.utils.clip_grads_with_norm_(parameters, self.options.clip or math.inf, norm)
+                write_histograms(self.writer, self.model, record, real, progress.step)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), options.clip or math.inf, norm)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.options.lr * schedule(step, self.steps)
+                group["lr"] = options.lr * schedule(progress.step, self.steps)
             self.optimizer.step()
-        return nats, int(symbols), norm.item()
-
-    def record_step(self, nats: float, symbols: int, norm: float, seconds: float) -> None:
-        """Account for a step; every `scalars_every` steps, write the loss since the last time."""
-        done, every, finite = self.progress, self.options.scalars_every, math.isfinite(nats + norm)
-        done.seconds += seconds
-        done.skipped += not finite
-        done.skipped_in_a_row = 0 if finite else done.skipped_in_a_row + 1
-        if finite:
-            done.nats, done.recent_nats = done.nats + nats, done.recent_nats + nats
-            done.symbols, done.recent_symbols = done.symbols + symbols, done.recent_symbols + symbols
-            done.clipped += norm > (self.options.clip or math.inf)
-        if self.writer and every and done.step % every == 0 and done.recent_symbols:
-            for tag, value in {
-                "1_loss/train": done.recent_nats / done.recent_symbols,
-                "4_gradient/norm_before_clipping": norm,
-                "4_gradient/clipped_share": done.clipped / (done.step + 1),
-                "8_training/learning_rate": self.optimizer.param_groups[0]["lr"],
-                "8_training/characters_per_second": done.symbols / done.seconds,
-            }.items():
-                self.writer.add_scalar(tag, value, done.step)
-            done.recent_nats, done.recent_symbols = 0.0, 0
-        done.step, done.batch = done.step + 1, done.batch + 1
-        if done.skipped_in_a_row == 3:
+        progress.count(finite, all_nats, int(all_symbols), time.perf_counter() - since)
+        if self.due(options.scalars_every) and progress.recent_symbols:
+            self.write_scalars(norm)
+        progress.step += 1
+        progress.batch += 1
+        if progress.skipped_in_a_row == 3:
             raise self.diverged("at three steps in a row, the loss or its gradient was not finite")
+
+    def write_scalars(self, norm) -> None:
+        """The training loss since the last time, the gradient's norm, learning rate and speed."""
+        progress = self.progress
+        for tag, value in {
+            "1_loss/train": progress.recent_nats / progress.recent_symbols,
+            "4_gradient/norm_before_clipping": norm,
+            "8_training/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "8_training/characters_per_second": progress.symbols / progress.seconds,
+        }.items():
+            self.writer.add_scalar(tag, value, progress.step)
+        progress.recent_nats, progress.recent_symbols = 0.0, 0
+
+    def due(self, every: int) -> bool:
+        """Whether this step is one to write: each `every`-th, and the last; 0 is never."""
+        step = self.progress.step
+        return self.writer is not None and every > 0 and (step % every == 0 or step == self.steps - 1)
 
     def diverged(self, what: str) -> LabError:
         """The error that ends a run that cannot go on."""
@@ -523,17 +536,18 @@ class Training:
 
     def train_epoch(self, bar) -> None:
         """The batches of this epoch that are left, until somebody wants to stop."""
-        done, saved = self.progress, time.monotonic()
+        options, progress = self.options, self.progress
+        saved = time.monotonic()
         self.model.train()
-        bar.set_description_str(f"epoch {done.epoch + 1}/{self.options.epochs}")
-        for batch in batches(self.corpus.train, self.options, epoch=done.epoch, start=done.batch):
-            since = time.perf_counter()
-            self.record_step(*self.train_step(batch), time.perf_counter() - since)
-            loss, speed = done.nats / max(done.symbols, 1), done.symbols / done.seconds
+        bar.set_description_str(f"epoch {progress.epoch + 1}/{options.epochs}")
+        for batch in batches(self.corpus.train, options, epoch=progress.epoch, start=progress.batch):
+            self.train_step(batch)
+            loss = progress.nats / max(progress.symbols, 1)
+            speed = progress.symbols / progress.seconds
             bar.set_postfix_str(f"{loss:.3f} nats, {speed:,.0f} characters/s", refresh=False)
             bar.update()
-            due = self.options.save_every and time.monotonic() - saved > self.options.save_every
-            if (due or self.stopping) and done.batch < self.epoch_steps:  # at the end, end_epoch saves
+            due = options.save_every and time.monotonic() - saved > options.save_every
+            if (due or self.stopping) and progress.batch < self.epoch_steps:  # at the end, end_epoch saves
                 self.save("last.pt")
                 saved = time.monotonic()
             if self.stopping:
@@ -541,12 +555,13 @@ class Training:
 
     def end_epoch(self) -> None:
         """Validate, save (`best.pt` where it is the best so far, `last.pt` always), then say how it went."""
-        done, step = self.progress, self.progress.step - 1  # the step just done: a resumed run keeps it
-        valid = evaluate(self.model, batches(self.corpus.valid, self.options), self.options.device)
+        options, progress = self.options, self.progress
+        step = progress.step - 1  # the one just done
+        valid = evaluate(self.model, batches(self.corpus.valid, options), options.device)
         if not math.isfinite(valid):
             raise self.diverged("the validation loss is not finite")
-        found = {} if RANK else samples(self.model, "", self.options.seed + done.epoch)
-        sentences = {decoder: h.text + ("" if h.ended else " …") for decoder, h in found.items()}
+        written = {} if RANK else samples(self.model, "", options.seed + progress.epoch)
+        sentences = {decoder: h.text + ("" if h.ended else " …") for decoder, h in written.items()}
         if self.writer:
             self.writer.add_scalar("1_loss/validation", valid, step)
             self.writer.add_scalar("8_training/validation_bits_per_character", valid / math.log(2), step)
@@ -554,62 +569,56 @@ class Training:
                 code_block = textwrap.indent(textwrap.fill(sentence, 90), " " * 4)
                 self.writer.add_text(f"samples/{decoder}", code_block, step)
 
-        better, speed = valid < done.best, done.symbols / max(done.seconds, 1e-9)
-        done.train = done.nats / done.symbols if done.symbols else math.inf
-        done.best, done.trained = min(valid, done.best), done.trained + done.seconds
-        done.epoch, done.batch, done.nats, done.symbols, done.seconds = done.epoch + 1, 0, 0.0, 0, 0.0
-        for name in (
-            ["best.pt", "last.pt"] if better else ["last.pt"]
-        ):  # a kill in between: from last.pt again
+        speed = progress.symbols / progress.seconds
+        names = ("best.pt", "last.pt") if valid < progress.best_loss else ("last.pt",)
+        progress.end_epoch(valid)
+        for name in names:
             self.save(name)
         with tqdm.external_write_mode():
             self.say_epoch(valid, speed, sentences)
 
     def say_epoch(self, valid: float, speed: float, sentences: dict[str, str]) -> None:
         """Print what an epoch came to; a sentence is cut to the terminal's width."""
-        done, guess, width = self.progress, math.log(len(id2lettre)), shutil.get_terminal_size().columns - 16
-        losses = f"training {done.train:.3f} nats, validation {valid:.3f} nats"
-        print(f"epoch {done.epoch}/{self.options.epochs}: {losses}")
-        speed = f"{speed:,.0f} characters/s, {done.trained:.1f} s of training so far"
+        progress, guess = self.progress, math.log(len(id2lettre))
+        losses = f"training {progress.train_loss:.3f} nats, validation {valid:.3f} nats"
+        print(f"epoch {progress.epoch}/{self.options.epochs}: {losses}")
+        speed = f"{speed:,.0f} characters/s, {progress.seconds_before:.1f} s of training so far"
         print(f"  {valid / math.log(2):.3f} bits per character, {speed}")
-        if done.skipped:
-            print(f"  {done.skipped:,} steps skipped so far: their loss or gradient was not finite")
+        if progress.skipped:
+            print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
         if valid > guess:
             print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
+        width = shutil.get_terminal_size().columns - 16
         for decoder, text in sentences.items():
             print(f"  {decoder:12s}  {text if len(text) <= width else text[: width - 1] + '…'}")
 
     def run(self) -> bool:
         """Train to the end, or until Ctrl-C or SIGTERM; whether it came to the end."""
-        if WORLD == 1:  # torchrun ends its processes itself; they go on from the last save
-            signal.signal(signal.SIGINT, self.stop)
-            signal.signal(signal.SIGTERM, self.stop)
-        done = self.progress
+        if WORLD == 1:  # torchrun ends its processes itself
+            for each in SIGNALS:
+                signal.signal(each, self.stop)
         if not RANK:
-            self.writer = event_writer(self.folder, step=done.step)
-        if done.step == 0:
+            self.writer = event_writer(self.folder, step=self.progress.step)
+        if self.progress.step == 0:
             self.save("last.pt")  # a run killed before its first save can be resumed as well
         layout = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
-        bar = tqdm(total=self.steps, initial=done.step, leave=False, disable=RANK > 0 or None,
-                   dynamic_ncols=True, bar_format=layout)  # fmt: skip
-        with bar:
-            while done.epoch < self.options.epochs and not self.stopping:
+        with tqdm(total=self.steps, initial=self.progress.step, leave=False, disable=RANK > 0 or None,
+                  dynamic_ncols=True, bar_format=layout) as bar:  # fmt: skip
+            while self.progress.epoch < self.options.epochs and not self.stopping:
                 self.train_epoch(bar)
-                if done.batch == self.epoch_steps:
+                if self.progress.batch == self.epoch_steps:
                     self.end_epoch()
         if self.writer:
             self.writer.close()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return done.epoch == self.options.epochs
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        return self.progress.epoch == self.options.epochs
 
     def stop(self, *_) -> None:
         """Stop after this step; a second signal kills."""
         self.stopping = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    # -------------------------------------------------------------------------------- checkpoints
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
 
     def save(self, name: str) -> None:
         """Write beside, flush to disk, rename: the file is the old one or the new one, never a half.
@@ -618,7 +627,7 @@ class Training:
         """
         if RANK:
             return
-        options = {name: value for name, value in vars(self.options).items() if name not in COMMAND_OPTIONS}
+        options = {name: value for name, value in vars(self.options).items() if name not in NOT_SAVED}
         checkpoint = {
             "format": FORMAT,
             "alphabet": LETTRES,
@@ -642,6 +651,8 @@ class Training:
 
     def restore(self, checkpoint: dict) -> None:
         """Take up the run where the checkpoint left it."""
+        if checkpoint["optimizer"] is None:
+            raise LabError("best.pt is for writing, it has no optimiser state: go on with last.pt")
         if checkpoint["sha256"] != self.corpus.sha256:
             raise LabError("this run was trained on another text: name it with --data")
         self.model.load_state_dict(checkpoint["weights"])
@@ -657,6 +668,9 @@ class Training:
         kinds = [[type(value) for value in asdict(each).values()] for each in (self.progress, Progress())]
         if kinds[0] != kinds[1] or not 0 <= self.progress.batch < self.epoch_steps or self.progress.epoch < 0:
             raise ValueError("its progress does not fit its corpus")
+
+
+# ------------------------------------------------------------------------------------- checkpoints
 
 
 @contextmanager
@@ -715,16 +729,12 @@ def load_model(file: Path) -> CharModel:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of like keys as a Markdown table; "none" without rows."""
-    if not rows:
-        return "none"
-
-    lines = [[*rows[0]]]
-    for row in rows:
-        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()]
-        lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
+    """Rows of like keys as a Markdown table."""
+    lines = [
+        [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip([*rows[0]], *lines, strict=True)]
+    lines = [[*rows[0]], ["-" * width for width in widths], *lines]
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
@@ -765,15 +775,25 @@ def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
     batch, lengths = batch[:, lengths > lags], lengths[lengths > lags]
     draw = torch.rand(len(lengths), generator=torch.Generator().manual_seed(0)).to(batch.device)
     t, b = lags + (draw * (lengths - lags)).long(), torch.arange(len(lengths), device=batch.device)
-    record = {}
+    record, flow = {}, {}
     logits = model(batch, record)
     loss = F.cross_entropy(logits[t, b], batch[t, b], reduction="sum")
-    flow = {}
     for name in model.rnn.states:
         slopes = torch.autograd.grad(loss, record[name], retain_graph=True, materialize_grads=True)
         norms = torch.stack(slopes).norm(dim=-1)  # (T, B)
         flow[name] = norms.gather(0, t - torch.arange(lags + 1, device=t.device)[:, None]).mean(1)
     return flow
+
+
+def both_flows(checkpoint: dict, valid: Subset) -> dict[str, dict]:
+    """A model's gradient flow over 64 validation sentences that are long enough, "at_start" and "trained"."""
+    order = np.argsort(-np.minimum(valid.dataset.lengths[valid.indices], LAGS + 1), kind="stable")
+    batch = pad_collate_fn([valid[i] for i in order[:64]])
+    models = {
+        "at_start": initial_model(argparse.Namespace(**checkpoint["options"])),
+        "trained": model_of(checkpoint),
+    }
+    return {when: gradient_flow(model, batch) for when, model in models.items()}
 
 
 @torch.no_grad()
@@ -797,7 +817,7 @@ class Unit:
 
 def named_units(model, loader) -> list[Unit]:
     """For each of FEATURES, the unit of all gates and states that follows it most closely, if one does."""
-    known, seen, units = [], [], {}
+    known, seen, strongest = [], [], {}
     for batch in loader:
         known += [features(code2string(sentence)) for sentence in batch.T.tolist()]
         seen.append(activations(model, batch))
@@ -807,9 +827,10 @@ def named_units(model, loader) -> list[Unit]:
         correlations = torch.cat([known, values]).corrcoef()[: len(known), len(known) :].nan_to_num()
         for feature, row in zip(FEATURES, correlations, strict=True):
             number = int(row.abs().argmax())
-            units.setdefault(feature, []).append(Unit(feature, gate, number, row[number].item()))
-    strongest = [max(candidates, key=lambda unit: abs(unit.r)) for candidates in units.values()]
-    return sorted([unit for unit in strongest if abs(unit.r) >= WEAKEST], key=lambda unit: -abs(unit.r))
+            unit = Unit(feature, gate, number, row[number].item())
+            strongest[feature] = max(strongest.get(feature, unit), unit, key=lambda unit: abs(unit.r))
+    units = [unit for unit in strongest.values() if abs(unit.r) >= WEAKEST]
+    return sorted(units, key=lambda unit: -abs(unit.r))
 
 
 def picture(model, units: list[Unit], text: str, columns: int = 20):
@@ -820,35 +841,26 @@ def picture(model, units: list[Unit], text: str, columns: int = 20):
     """
     from PIL import Image, ImageDraw, ImageFont  # comes with TensorBoard
 
-    values, rows = activations(model, pad_collate_fn([string2code(text)])), []
+    values, rows = activations(model, pad_collate_fn([string2code(text)])), {}
     for unit in units:
         label = f"{unit.gate} {unit.number} · {unit.feature} · r {unit.r:.2f}"
-        rows.append((label, values[unit.gate][1:, unit.number]))  # from the first character on
-        if unit.gate == "C" and unit.feature.startswith("position") and "f" not in dict(rows):
-            rows += [(gate, values[gate][1:, unit.number]) for gate in "fio"]
+        rows[label] = values[unit.gate][1:, unit.number]  # from the first character on
+        if unit.gate == "C" and unit.feature.startswith("position") and "its f" not in rows:
+            rows |= {f"its {gate}": values[gate][1:, unit.number] for gate in "fio"}
     width, height, margin = 22, 36, 400  # of a character, of a row, of the labels; pixels
-    blocks = -(-len(text) // columns)
-    image = Image.new("RGB", (margin + width * columns, blocks * height * (len(rows) + 1)), "white")
+    block = height * (len(rows) + 1)
+    image = Image.new("RGB", (margin + width * columns, block * math.ceil(len(text) / columns)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(22)
-    for y, (label, row) in enumerate(rows):
-        row = row / row.abs().max().clamp(min=1)
-        for i, (char, value) in enumerate(zip(text, row.tolist(), strict=True)):
-            left, top = margin + width * (i % columns), height * (y + i // columns * (len(rows) + 1))
-            if i % columns == 0:
-                draw.text((margin - 8, top + height / 2), label, "black", font, anchor="rm")
+    for y, (label, row) in enumerate(rows.items()):
+        for i, value in enumerate((row / row.abs().max().clamp(min=1)).tolist()):
+            left, top = margin + width * (i % columns), height * y + block * (i // columns)
             pale = round(255 - 160 * abs(value))
             colour = (255, pale, pale) if value > 0 else (pale, pale, 255)
             draw.rectangle((left, top, left + width - 1, top + height - 3), colour)
-            draw.text((left + width / 2, top + height / 2), char, "black", font, anchor="mm")
+            draw.text((left + width / 2, top + height / 2), text[i], "black", font, anchor="mm")
+            if i % columns == 0:
+                draw.text((margin - 8, top + height / 2), label, "black", font, anchor="rm")
     return np.asarray(image)
-
-
-def flows(checkpoint: dict, valid: Subset) -> dict[str, dict]:
-    """Gradient flow over 64 validation sentences that are long enough, "at_start" and "trained"."""
-    order = np.argsort(-np.minimum(valid.dataset.lengths[valid.indices], LAGS + 1), kind="stable")
-    batch = pad_collate_fn([valid[i] for i in order[:64]])
-    start = initial_model(argparse.Namespace(**checkpoint["options"]))
-    return {"at_start": gradient_flow(start, batch), "trained": gradient_flow(model_of(checkpoint), batch)}
 
 
 @torch.no_grad()
@@ -857,11 +869,9 @@ def recurrent_matrices(models: dict[str, CharModel]) -> list[dict]:
     rows = []
     for when, model in models.items():
         for gate, W in zip(model.rnn.gates, model.rnn.hidden_weight.chunk(len(model.rnn.gates)), strict=True):
-            sizes = {
-                "singular value": torch.linalg.matrix_norm(W, 2),
-                "radius": torch.linalg.eigvals(W).abs().max(),
-            }
-            rows.append({"gate": gate, "when": when, **{what: size.item() for what, size in sizes.items()}})
+            largest, radius = torch.linalg.matrix_norm(W, 2), torch.linalg.eigvals(W).abs().max()
+            row = {"gate": gate, "when": when, "singular value": largest.item(), "radius": radius.item()}
+            rows.append(row)
     return rows
 
 
@@ -877,40 +887,40 @@ def write_symbols(writer, emb, folder: Path) -> None:
         writer.add_embedding(emb.weight, labels, tag="symbols", metadata_header=["symbol", "class"])
 
 
-def write_flows(writer, found: dict[str, dict]) -> None:
-    """Gradient flow as curves of log10 over the lag; says what became of it."""
-    for when, flow in found.items():
+def look_inside(folder: Path, corpus: Corpus, text: str = "") -> None:
+    """Write and print what a run's best model does: gradient flow and named units; or its units on `text`."""
+    checkpoint = load_checkpoint(folder / "best.pt")
+    options = argparse.Namespace(**checkpoint["options"])
+    model = model_of(checkpoint)
+    order = list(batches(corpus.valid, options).batch_sampler)
+    eight = order[:: math.ceil(len(order) / 8)]  # batches of all lengths
+    units = named_units(model, DataLoader(corpus.valid, batch_sampler=eight, collate_fn=pad_collate_fn))
+    rows = [{"unit": f"{u.gate} {u.number}", "follows": u.feature, "correlation": u.r} for u in units]
+    found = table(rows) if rows else "none"
+    print(f"Units of this {model.cell} that follow the text:\n{found}")
+    writer = event_writer(folder, "look" if text else "inside")
+    if text:
+        writer.add_image("3_units/look", picture(model, units, text), dataformats="HWC")
+        writer.close()
+        return
+    sentences = [corpus.valid.dataset.sentences[i] for i in corpus.valid.indices]
+    near_40 = sorted(sentences, key=lambda sentence: abs(len(sentence) - 40))
+    for i, sentence in enumerate(near_40[:3]):
+        writer.add_image("3_units/on_text", picture(model, units, sentence), i, dataformats="HWC")
+    matrices = recurrent_matrices({"at start": initial_model(options), "trained": model})
+    writer.add_text("units", found)
+    writer.add_text("recurrent_matrices", table(matrices))
+    write_symbols(writer, model.emb, folder)
+    flows = both_flows(checkpoint, corpus.valid)
+    for when, flow in flows.items():
         for state, norms in flow.items():
             for lag, norm in enumerate(norms.clamp(min=1e-30).log10().tolist()):
                 writer.add_scalar(f"2_gradient_flow/log10_{state}_{when}", norm, lag)
-    before, after = (found[when]["h"][-1].item() for when in ("at_start", "trained"))
+    writer.close()
+    before, after = (flow["h"][-1].item() for flow in flows.values())
     print(f"Gradient {len(norms) - 1} characters back: {before:.1e} at the start, {after:.1e} trained.")
     if after <= before:
         print("It did not grow: a run that is trained longer shows the lesson of question 5.")
-
-
-def look_inside(folder: Path, corpus: Corpus, text: str | None = None) -> None:
-    """Write and print what a run's best model does: gradient flow and named units; or its units on `text`."""
-    checkpoint = load_checkpoint(folder / "best.pt")
-    options, model = argparse.Namespace(**checkpoint["options"]), model_of(checkpoint)
-    order = list(batches(corpus.valid, options).batch_sampler)
-    eight = order[:: -(-len(order) // 8)]  # batches of all lengths
-    units = named_units(model, DataLoader(corpus.valid, batch_sampler=eight, collate_fn=pad_collate_fn))
-    found = table([{"unit": f"{u.gate} {u.number}", "follows": u.feature, "correlation": u.r} for u in units])
-    print(f"Units of this {model.cell} that follow the text:\n{found}")
-    writer = event_writer(folder, "look" if text else "inside")
-    sentences = [corpus.valid.dataset.sentences[i] for i in corpus.valid.indices]
-    near_40 = sorted(sentences, key=lambda sentence: abs(len(sentence) - 40))
-    for i, sentence in enumerate([text] if text else near_40[:3]):
-        tag = "3_units/look" if text else "3_units/on_text"
-        writer.add_image(tag, picture(model, units, sentence), i, dataformats="HWC")
-    if not text:
-        writer.add_text("units", found)
-        matrices = recurrent_matrices({"at start": initial_model(options), "trained": model})
-        writer.add_text("recurrent_matrices", table(matrices))
-        write_symbols(writer, model.emb, folder)
-        write_flows(writer, flows(checkpoint, corpus.valid))
-    writer.close()
 
 
 # -------------------------------------------------------------------------------------- comparing
@@ -918,11 +928,8 @@ def look_inside(folder: Path, corpus: Corpus, text: str | None = None) -> None:
 
 def say_next(*commands: tuple[str, Path]) -> None:
     """The next commands, each with the folder that it ends in, on lines of their own, ready to be pasted."""
-    print(
-        "Next:",
-        *(f"{command} {shlex.quote(printable(folder))}" for command, folder in commands),
-        sep="\n    ",
-    )
+    lines = [f"{command} {shlex.quote(printable(folder))}" for command, folder in commands]
+    print("Next:", *lines, sep="\n    ")
 
 
 def copied(texts: list[str], corpus: str) -> dict[str, float]:
@@ -936,24 +943,24 @@ def copied(texts: list[str], corpus: str) -> dict[str, float]:
     return shares
 
 
-def written(runs: dict[str, dict], corpus: Corpus) -> tuple[list[dict], str]:
+def compare_sentences(checkpoints: dict[str, dict], corpus: Corpus) -> tuple[list[dict], str]:
     """What decoders make of the same 20 starts: a table of how much was copied, and the first sentences."""
-    training = "\n".join(corpus.train.dataset.sentences[i] for i in corpus.train.indices)
+    training_text = "\n".join(corpus.train.dataset.sentences[i] for i in corpus.train.indices)
     valid = [corpus.valid.dataset.sentences[i] for i in corpus.valid.indices]
     starts = ["", *dict.fromkeys(sentence.split()[0] + " " for sentence in valid)][:20]
-    texts, ended, sentences = {("corpus", ""): valid[:200]}, {("corpus", ""): 1.0}, []
-    for run, checkpoint in runs.items():
-        found = [samples(model_of(checkpoint), start, seed) for seed, start in enumerate(starts)]
-        for decoder in found[0]:
-            made = [of_start[decoder] for of_start in found]
-            texts[run, decoder] = [h.text for h in made]  # the start is ours, not the model's
-            ended[run, decoder] = sum(h.ended for h in made) / len(made)
-            sentences.append(f"{run}, {decoder}:\n{textwrap.indent(textwrap.fill(made[0].text, 72), '    ')}")
-    rows = []
-    for (run, decoder), group in texts.items():
-        length = int(np.median([*map(len, group)]))
-        shares = {**copied(group, training), "ended": ended[run, decoder]}
-        rows.append({"run": run, "decoder": decoder, **shares, "length": length})
+    groups = {("corpus", ""): [(sentence, True) for sentence in valid[:200]]}  # texts; whether they ended
+    for name, checkpoint in checkpoints.items():
+        model = model_of(checkpoint)
+        for seed, start in enumerate(starts):
+            for decoder, h in samples(model, start, seed).items():
+                groups.setdefault((name, decoder), []).append((h.text, h.ended))
+    rows, sentences = [], []
+    for (name, decoder), group in groups.items():
+        texts, ended = zip(*group, strict=True)
+        measures = {"ended": sum(ended) / len(ended), "length": int(np.median([*map(len, texts)]))}
+        rows.append({"run": name, "decoder": decoder, **copied(texts, training_text), **measures})
+        if decoder:
+            sentences.append(f"{name}, {decoder}:\n{textwrap.indent(textwrap.fill(texts[0], 72), '    ')}")
     return rows, "\n".join(sentences)
 
 
@@ -963,31 +970,37 @@ def comparable(folders: list[Path]) -> dict[str, dict]:
     if not files:
         raise LabError(f"no run in {', '.join(map(str, folders))}: train some with tp5.py --model all")
     top = Path(os.path.commonpath([file.parent.parent for file in files]))
-    runs, fitting = {file.parent.relative_to(top).as_posix(): load_checkpoint(file) for file in files}, {}
-    for name, run in runs.items():
-        sentences = [run["options"][option] for option in ("seed", "maxlen", "maxsent", "lines")]
-        fitting.setdefault((run["sha256"], *sentences), []).append(name)
+    checkpoints = {file.parent.relative_to(top).as_posix(): load_checkpoint(file) for file in files}
+    fitting = {}
+    for name, checkpoint in checkpoints.items():
+        sentences = [checkpoint["options"][option] for option in ("seed", "maxlen", "maxsent", "lines")]
+        fitting.setdefault((checkpoint["sha256"], *sentences), []).append(name)
     if len(fitting) > 1:
         which = "; ".join(", ".join(names) for names in fitting.values())
         raise LabError(f"only runs on the same sentences can be compared, so one of these groups: {which}")
-    return dict(sorted(runs.items(), key=lambda item: [*CELLS].index(item[1]["options"]["model"])))
+    return dict(sorted(checkpoints.items(), key=lambda item: [*CELLS].index(item[1]["options"]["model"])))
 
 
-def compare(folder: Path, runs: dict[str, dict], corpus: Corpus) -> None:
+def compare(folder: Path, checkpoints: dict[str, dict], corpus: Corpus) -> None:
     """The runs side by side: loss, gradient flow, what their decoders write, how much of that is copied."""
     losses, lags = [], []
-    for name, run in runs.items():
-        done, size = run["progress"], sum(weight.numel() for weight in run["weights"].values())
-        nats = {kind: f"{done[field]:.3f}" for kind, field in (("training", "train"), ("validation", "best"))}
-        bits = f"{done['best'] / math.log(2):.3f}"
+    for name, checkpoint in checkpoints.items():
+        progress = Progress(**checkpoint["progress"])
         losses.append(
-            {"run": name, "parameters": f"{size:,}", "seconds": round(done["trained"]), **nats, "bits": bits}
+            {
+                "run": name,
+                "parameters": f"{sum(w.numel() for w in checkpoint['weights'].values()):,}",
+                "seconds": round(progress.seconds_before),
+                "training": f"{progress.train_loss:.3f}",
+                "validation": f"{progress.best_loss:.3f}",
+                "bits": f"{progress.best_loss / math.log(2):.3f}",
+            }
         )
-        for when, flow in flows(run, corpus.valid).items():
+        for when, flow in both_flows(checkpoint, corpus.valid).items():
             for state, norms in flow.items():
                 by_lag = {str(lag): norms[lag].item() for lag in range(0, len(norms), 10)}
                 lags.append({"run": name, "of": state, "when": when.replace("_", " "), **by_lag})
-    shares, sentences = written(runs, corpus)
+    shares, sentences = compare_sentences(checkpoints, corpus)
     parts = {
         "Loss, in nats per symbol, and validation loss in bits": table(losses),
         "Norm of the gradient, by how many characters it goes back": table(lags),
@@ -1006,7 +1019,11 @@ def compare(folder: Path, runs: dict[str, dict], corpus: Corpus) -> None:
 # ----------------------------------------------------------------------------------- command line
 
 EPOCHS = 5
-NEWEST = "the newest"  # run; what --resume alone stands for
+GO_WITH = {  # the options beside those of training anew
+    "compare": {"compare", "data", "threads"},
+    "look": {"look", "data", "resume", "threads"},
+    "resume": {"resume", "data", "epochs", "device", "threads", "save_every"},
+}
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -1041,7 +1058,7 @@ def command_parser() -> argparse.ArgumentParser:
     add("--histograms-every", type=whole, default=50, metavar="N", help="steps between histograms; 0: off")
     add("--save-every", type=real, default=30, metavar="SECONDS", help="and after each epoch; 0: only then")
     folder("--run", type=path, metavar="FOLDER", help="where the run goes (default: runs/MODEL-DATE_TIME)")
-    folder("--resume", type=path, nargs="?", const=NEWEST, metavar="RUN",
+    folder("--resume", type=path, nargs="?", const="", metavar="RUN",
            help="go on with a run (alone: the newest); with --epochs N, train a finished one further")
     folder("--compare", type=path, nargs="+", metavar="RUN", help="compare trained runs, or all in a folder")
     add("--look", metavar="TEXT", help="a trained run's units on a text (of --resume RUN, else the newest)")
@@ -1064,100 +1081,78 @@ def train(training: Training) -> bool:
     return True
 
 
-def begin(options, parser) -> None:
+def train_new(options) -> None:
     """Train a new run of each model that is asked for, on the same batches; then compare them."""
     models = options.model or ["lstm"]
     models = list(CELLS) if "all" in models else list(dict.fromkeys(models))
-    name, several, diverged = models[0] if len(models) == 1 else "compare", len(models) > 1, []
+    name = models[0] if len(models) == 1 else "compare"
     folder = Path(options.run or RUNS / f"{name}-{time.strftime('%Y-%m-%d_%H%M%S')}")
-    folders = {model: folder / model if several else folder for model in models}
+    folders = {model: folder / model if len(models) > 1 else folder for model in models}
     options.epochs, defaults = options.epochs or EPOCHS, DEFAULTS[options.optimizer]
     options.lr = defaults["lr"] if options.lr is None else options.lr
     options.batch_size = (options.batch_size or defaults["batch_size"]) * WORLD
     corpus = load_corpus(options)
-    for each in folders.values() if not RANK else ():
-        if (each / "last.pt").exists():
+    for each in folders.values():
+        if not RANK and (each / "last.pt").exists():
             raise LabError(f"{each} holds a run already: go on with --resume, or choose another --run")
         each.mkdir(parents=True, exist_ok=True)
     for model, each in folders.items():
-        try:
-            if not train(Training(argparse.Namespace(**vars(options) | {"model": model}), each, corpus)):
-                return
-        except LabError as error:  # a cell that diverges is a result, too
-            if not several or WORLD > 1:  # other processes would not know of it
-                raise
-            print(f"warning: {model}: {printable(error)}", file=sys.stderr)
-            diverged.append(model)
-    if several and not RANK and len(diverged) < len(models):
+        if not train(Training(argparse.Namespace(**vars(options) | {"model": model}), each, corpus)):
+            return
+    if len(models) > 1 and not RANK:
         compare(folder, comparable([folder]), corpus)
-    if diverged:
-        raise LabError(f"{', '.join(diverged)} did not come to an end, see above")
 
 
-def run_options(options, parser, checkpoint: dict) -> argparse.Namespace:
-    """The options of a trained run; --data and --epochs may be given anew."""
-    merged = argparse.Namespace(**vars(options) | checkpoint["options"])
-    merged.data, merged.epochs = options.data or merged.data, options.epochs or merged.epochs
-    for name, value in checkpoint["options"].items():
-        given = getattr(options, name)
-        if name not in ("data", "epochs") and given not in (parser.get_default(name), value, [value]):
-            parser.error(f"--{name.replace('_', '-')} is for a new run: this one was trained with {value}")
-    return merged
+def options_of(checkpoint: dict, options) -> argparse.Namespace:
+    """The options that a run was trained with; --data and --epochs may be given anew."""
+    anew = {name: getattr(options, name) for name in ("data", "epochs") if getattr(options, name)}
+    return argparse.Namespace(**vars(options) | checkpoint["options"] | anew)
 
 
-def resume(options, parser) -> None:
+def resume(options) -> None:
     """Go on with a run; one that has finished is trained further if --epochs says so."""
-    file = newest_checkpoint("last.pt") if options.resume == NEWEST else Path(options.resume)
-    file = file / "last.pt" if file.is_dir() else file
+    file = checkpoint_of(options.resume, "last.pt")
     checkpoint = load_checkpoint(file)
     with reading(file):
-        if checkpoint["optimizer"] is None:
-            raise LabError(f"{file} is for writing: it has no optimiser state to go on with")
-        options = run_options(options, parser, checkpoint)
+        options = options_of(checkpoint, options)
         training = Training(options, file.parent, load_corpus(options))
         training.restore(checkpoint)
-    done = training.progress
-    if done.epoch < options.epochs:
-        print(f"going on after step {done.step:,}")
+    if training.progress.epoch < options.epochs:
+        print(f"going on after step {training.progress.step:,}")
         train(training)
     else:
-        print(f"This run has finished its {done.epoch} epochs. Train it further, or look at it:")
-        further = f"python tp5.py --epochs {done.epoch + 3} --resume"
+        print(f"This run has finished its {training.progress.epoch} epochs. Train it further, or look at it:")
+        further = f"python tp5.py --epochs {training.progress.epoch + 3} --resume"
         say_next((further, file.parent), ("tensorboard --logdir", file.parent.parent))
 
 
-def look(options, parser) -> None:
+def look(options) -> None:
     """Show the units of a trained run on a text."""
     text, dropped = clean(options.look)
     if not text.strip() or dropped or len(text) > 1000:
         raise LabError("--look: give a text of at most 1,000 characters of the alphabet (ASCII)")
-    newest = options.resume in (None, NEWEST)
-    file = newest_checkpoint() if newest else Path(options.resume)
-    file = file / "best.pt" if file.is_dir() else file
-    checkpoint = load_checkpoint(file)
-    with reading(file):
-        look_inside(file.parent, load_corpus(run_options(options, parser, checkpoint)), text)
+    file = checkpoint_of(options.resume, "best.pt")
+    look_inside(file.parent, load_corpus(options_of(load_checkpoint(file), options)), text)
     say_next(("tensorboard --logdir", file.parent.parent))
 
 
-def compare_runs(options, parser) -> None:
+def compare_runs(options) -> None:
     """Compare the runs that the options name."""
     folders = [Path(folder).absolute() for folder in options.compare]
-    runs = comparable(folders)
-    checkpoint = next(iter(runs.values()))
-    corpus = load_corpus(run_options(options, parser, checkpoint))
+    checkpoints = comparable(folders)
+    checkpoint = next(iter(checkpoints.values()))
+    corpus = load_corpus(options_of(checkpoint, options))
     if corpus.sha256 != checkpoint["sha256"]:
         raise LabError("the runs were trained on another text: name it with --data")
-    compare(Path(os.path.commonpath(folders)), runs, corpus)
+    compare(Path(os.path.commonpath(folders)), checkpoints, corpus)
 
 
 def main() -> None:
     parser = command_parser()
     options = parser.parse_args()
-    mode = "compare" if options.compare else "look" if options.look is not None else ""
+    mode = next((mode for mode in GO_WITH if getattr(options, mode) is not None), None)
     for name, value in vars(options).items():
-        fits = name in ("data", mode) or (mode, name) == ("look", "resume")
-        if mode and not fits and value != parser.get_default(name):
+        if mode and name not in GO_WITH[mode] and value != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} does not go with --{mode}")
     cuda = torch.cuda.is_available()
     if options.device == "cuda" and not cuda:
@@ -1169,9 +1164,15 @@ def main() -> None:
         libc = ctypes.CDLL(None)  # which else fetches it anew from the system, page by page
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-    commands = {"compare": compare_runs, "look": look, "": resume if options.resume else begin}
-    with process_group(options.device):
-        commands[mode](options, parser)
+    if WORLD > 1:
+        if options.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    commands = {"compare": compare_runs, "look": look, "resume": resume, None: train_new}
+    with redirect_stdout(None if RANK else sys.stdout):
+        commands[mode](options)
+    if WORLD > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

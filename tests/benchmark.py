@@ -329,20 +329,17 @@ def record(corpora: list[Path]) -> None:
         scalars, histograms = (steps / every for every in (options.scalars_every, options.histograms_every))
         batches = list(itertools.islice(tp5.batches(training.corpus.train, options, epoch=0), 20))
 
-        def train(histograms_every: int) -> None:  # every one is step 0, which has histograms
+        def train(histograms_every: int) -> None:
             options.histograms_every = histograms_every
             for batch in batches:
                 training.train_step(batch)
 
-        def write_scalars(scalars_every: int) -> None:
-            options.scalars_every = scalars_every
-            training.record_step(1.0, 1, 1.0, 1.0)
-
         off, on = (ms / len(batches) for ms in alternate({n: partial(train, n) for n in (0, 1)}, 3).values())
-        without, with_scalars = alternate({n: partial(write_scalars, n) for n in (0, 1)}, 101).values()
+        training.progress.recent_symbols = 1
+        one = alternate({"scalars": partial(training.write_scalars, 1.0)}, 101)["scalars"]
         training.save("best.pt")
         look = alternate({"look": partial(tp5.look_inside, training.folder, training.corpus)}, 1)["look"]
-    costs = {"scalars": scalars * (with_scalars - without), "histograms": histograms * (on - off)}
+    costs = {"scalars": scalars * one, "histograms": histograms * (on - off)}
     costs["look inside"] = look
     costs["together"] = sum(costs.values())
     rows = [{"what": what, "s": ms / 1000, "share": ms / (steps * off)} for what, ms in costs.items()]

@@ -195,7 +195,7 @@ CRAFTED = (  # these once crashed the process, hung it, or ended in a traceback
     *((("options", name), value) for name, value in [("hidden", 10**6), ("hidden", -1), ("batch_size", 0)]),
     *((("options", name), "x") for name in ("seed", "model", "maxsent")),
     *((("progress", name), value) for name, value in [("epoch", -1), ("batch", 10**6), ("batch", "x")]),
-    *((("progress", name), None) for name in ("best", "step", "skipped", "recent_nats", "seconds")),
+    *((("progress", name), None) for name in ("best_loss", "step", "skipped", "recent_nats", "seconds")),
     *((("optimizer", 0, "step"), value) for value in (torch.zeros(0), "x")),
     *((("optimizer", name), value) for name in (0, "more") for value in ({}, None)),
 )

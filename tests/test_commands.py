@@ -48,7 +48,7 @@ def test_validation_loss_is_that_of_torch(runs, small, cell):
         target = pad_collate_fn([sentence])
         loss = torch.nn.functional.cross_entropy(model(target).flatten(0, 1), target.flatten(), reduction="sum")
         nats, symbols = nats + loss.item(), symbols + len(target)
-    best = load_checkpoint(runs / cell / "best.pt")["progress"]["best"]
+    best = load_checkpoint(runs / cell / "best.pt")["progress"]["best_loss"]
     assert nats / symbols == pytest.approx(best, rel=1e-5)
 
 
@@ -164,13 +164,13 @@ def test_a_finished_run_goes_on_with_a_renamed_corpus(small, tmp_path):
     text.write_text(read_text(small[1]), encoding="utf-8")
     assert here("tp5.py", "--data", text, "--run", run, *TINY).returncode == 0
     before = (run / "last.pt").read_bytes()
-    found = here("tp5.py", "--resume", run, "--hidden", 2)  # as it has
+    found = here("tp5.py", "--resume", run)
     assert (
         found.returncode == 0
         and "finished" in found.stdout
         and re.search(f"Next:\n    .* --epochs . .*{run}\n", found.stdout)
     )
-    refused(here("tp5.py", "--resume", run, "--lr", 0.5), "--lr", "trained with", code=2)
+    refused(here("tp5.py", "--resume", run, "--lr", 0.5), "--lr", "--resume", code=2)
     text.rename(tmp_path / "renamed.txt")
     refused(here("tp5.py", "--resume", run, "--epochs", 2), "cannot read", "text.txt")
     (tmp_path / "other.txt").write_text("Yes. We. Can. " * 20, encoding="utf-8")

@@ -183,9 +183,9 @@ def test_the_ends_of_the_options():
 def symbols_read(rnn):
     """A list that grows with each step of the cell, by the number of prefixes that it reads a symbol for."""
     calls = []
-    if hasattr(rnn, "equations"):
-        equations = rnn.equations
-        rnn.equations = lambda projected, state: calls.append(len(projected)) or equations(projected, state)
+    if hasattr(rnn, "one_step"):
+        one_step = rnn.one_step
+        rnn.one_step = lambda projected, state: calls.append(len(projected)) or one_step(projected, state)
     else:
         rnn.register_forward_pre_hook(lambda _, inputs: calls.extend([inputs[0].shape[1]] * len(inputs[0])))
     return calls
@@ -314,6 +314,14 @@ def test_table_by_hand():
     assert search_error(*model, EOS_IX, 2, bytes([2, 3, EOS_IX]), "", 3) == 2
     found = generate_beam(*model, EOS_IX, 2, "", 2)
     assert [(h.text, h.ended, h.gap) for h in found] == [("b", True, 0), ("aa", False, 0)]
+
+
+@every_cell
+def test_where_no_sentence_can_end_nothing_is_proved(cell, library):
+    """As many letters as symbols leave no room for EOS: the beam's prefix comes back with the beam's own gap."""
+    model = toy(cell, library)
+    [cut] = generate_exact(*model, EOS_IX, "", 3, min_length=3)
+    assert [cut] == generate_beam(*model, EOS_IX, 100, "", 3, n=1, min_length=3) and not cut.ended
 
 
 @settings(max_examples=80, deadline=None)

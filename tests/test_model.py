@@ -153,9 +153,9 @@ def test_initialisation(name):
 def test_record_has_every_gate_and_state(name):
     """By name: they satisfy the docstring's equations, and gradients reach them."""
     torch.manual_seed(5)
-    cell, record = CELLS[name](E, H).double(), {}
-    projected = cell.project(torch.randn(T, B, E, dtype=torch.float64))
-    output, _ = cell.unroll(projected, record=record)
+    cell = CELLS[name](E, H).double()
+    cell.record = record = {}
+    output, _ = cell(torch.randn(T, B, E, dtype=torch.float64))
     assert set(record) == set(cell.gates) | set(cell.states)
     assert all(len(steps) == T and steps[0].shape == (B, H) for steps in record.values())
     values = {key: torch.stack(steps) for key, steps in record.items()}
@@ -170,17 +170,16 @@ def test_record_has_every_gate_and_state(name):
         assert torch.autograd.grad(output[-1].sum(), record[state][0], retain_graph=True)[0].all()
 
 
-def test_a_students_cell_needs_only_gates_and_equations():
+def test_a_students_cell_needs_only_gates_and_one_step():
     class Minimal(Cell):
         """With one gate (Zhou et al. 2016)."""
 
         gates = ("f", "candidate")
 
-        def equations(self, projected, h):
+        def one_step(self, projected, h):
             (x_f, x), (W_f, W) = projected.chunk(2, -1), self.hidden_weight.chunk(2)
             f = torch.sigmoid(x_f + h @ W_f.T)
-            h = (1 - f) * h + f * torch.tanh(x + (f * h) @ W.T)
-            return h, dict(f=f, h=h)
+            return (1 - f) * h + f * torch.tanh(x + (f * h) @ W.T)
 
     torch.manual_seed(6)
     model = CharModel("rnn", E, H).double()

@@ -165,7 +165,7 @@ def test_copied_shares_are_those_of_plain_search():
 def test_tensorboard_reads_every_tag(runs, cell):
     events = events_of(runs / cell)
     tags = events.Tags()
-    for words in (["loss/train"], ["loss/validation"], ["norm_before"], ["clipped"], ["learning_rate"], ["per_second"]):
+    for words in (["loss/train"], ["loss/validation"], ["norm_before"], ["learning_rate"], ["per_second"]):
         points = events.Scalars(one_tag([t for t in tags["scalars"] if "bits" not in t], *words))
         steps = [point.step for point in points]
         assert steps == sorted(set(steps)) and len(steps) >= 2, words
@@ -174,7 +174,7 @@ def test_tensorboard_reads_every_tag(runs, cell):
     found = sorted(tag.partition("/")[2] for tag in tags["histograms"])
     assert found == sorted([*names, *names, *(f"{cell}_{gate}" for gate in GATES[cell])])
     validation = events.Scalars(one_tag([t for t in tags["scalars"] if "bits" not in t], "loss/validation"))
-    best = load_checkpoint(runs / cell / "best.pt")["progress"]["best"]
+    best = load_checkpoint(runs / cell / "best.pt")["progress"]["best_loss"]
     assert min(point.value for point in validation) == pytest.approx(best)
     for decoder in ("greedy", "sampled", "nucleus", "beam", "nucleus beam"):
         tag = next(tag for tag in tags["tensors"] if tag.endswith(f"samples/{decoder}/text_summary"))
@@ -243,7 +243,7 @@ def test_comparison_says_what_the_checkpoints_say(runs):
     assert [row[0] for row in rows[2:5]] == ["rnn", "gru", "lstm"]
     for row in rows[2:5]:
         figures, checkpoint = dict(zip(rows[0], row, strict=True)), load_checkpoint(runs / row[0] / "best.pt")
-        best = checkpoint["progress"]["best"]
+        best = checkpoint["progress"]["best_loss"]
         assert float(figures["validation"]) == pytest.approx(best, abs=1e-3)
         assert float(figures["bits"]) == pytest.approx(best / math.log(2), abs=1e-3)
         sizes = (weight.numel() for weight in checkpoint["weights"].values())
@@ -301,18 +301,6 @@ def test_look_at_a_trained_run(runs, tmp_path):
         sizes.append((image.width, image.height))
     assert min(min(sizes)) > 20
     assert [path.name for path in folder.glob("*.pt")] == ["best.pt"]
-
-
-def test_a_cell_that_diverges_does_not_end_the_comparison(small, tmp_path, monkeypatch):
-    """Each is tried, what became of it is said, and what came to its end is compared."""
-    losses = iter(range(10**6))
-    loss = tp5.maskedCrossEntropy
-    monkeypatch.setattr(tp5, "maskedCrossEntropy", lambda *a: loss(*a) * (math.nan if next(losses) < 3 else 1))
-    found = here("tp5.py", "--model", "rnn", "gru", "--run", tmp_path / "all", *small, "--epochs", 1)
-    assert found.returncode == 1 and "Traceback" not in found.stderr
-    warning, last = found.stderr.splitlines()
-    assert warning.startswith("warning: rnn") and "not finite" in warning and "rnn" in last
-    assert (tmp_path / "all" / "comparison" / "comparison.md").exists() and "epoch 1/1" in found.stdout
 
 
 def test_recurrent_scale():

@@ -94,7 +94,7 @@ def test_two_processes_train_the_model_of_one(small, tmp_path):
     assert two["options"] == one["options"]
     for name in ("epoch", "step", "symbols"):
         assert two["progress"][name] == one["progress"][name]
-    assert two["progress"]["best"] == pytest.approx(one["progress"]["best"], rel=1e-4)
+    assert two["progress"]["best_loss"] == pytest.approx(one["progress"]["best_loss"], rel=1e-4)
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-2, atol=1e-3)
     lines = together.stdout.splitlines()
@@ -112,7 +112,7 @@ def test_a_last_batch_smaller_than_the_processes(tmp_path):
     alone = here("tp5.py", "--run", tmp_path / "one", *sizes, 3)
     assert together.returncode == alone.returncode == 0, together.stderr
     three, one = (load_checkpoint(tmp_path / name / "last.pt") for name in ("three", "one"))
-    assert three["progress"]["best"] == pytest.approx(one["progress"]["best"], rel=1e-5)
+    assert three["progress"]["best_loss"] == pytest.approx(one["progress"]["best_loss"], rel=1e-5)
 
 
 @pytest.mark.slow

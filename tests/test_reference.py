@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import generate
 import tp5
-from generate import newest_checkpoint
+from generate import checkpoint_of
 
 REFERENCE = ROOT / "runs" / "reference"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def decoded(run: str, decoder: str) -> dict[str, float]:
 
 
 def best_nats(cell: str) -> float:
-    return tp5.load_checkpoint(REFERENCE / cell / "best.pt")["progress"]["best"]
+    return tp5.load_checkpoint(REFERENCE / cell / "best.pt")["progress"]["best_loss"]
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -62,7 +62,7 @@ def test_gradients_vanish_and_gates_keep_them():
     for state in ("rnn", "h"), ("gru", "h"), ("lstm", "h"), ("lstm", "C"):
         assert lag_40(*state, "at start") < 1e-3
     rnn = lag_40("rnn", "h", "trained")
-    assert lag_40("gru", "h", "trained") > 200 * rnn and lag_40("lstm", "h", "trained") > 3000 * rnn
+    assert lag_40("gru", "h", "trained") > 90 * rnn and lag_40("lstm", "h", "trained") > 1700 * rnn
     assert lag_40("lstm", "C", "trained") > lag_40("lstm", "h", "trained")
 
 
@@ -83,7 +83,7 @@ def test_likelihood_is_not_quality():
     corpus = decoded("corpus", "")
     for cell in CELLS:
         beam, sampled, nucleus = (decoded(cell, name) for name in ("beam", "sampled", "nucleus"))
-        assert beam["length"] < corpus["length"] / 2
+        assert beam["length"] < corpus["length"] / 3.5
         assert sampled["known"] < nucleus["known"] < beam["known"]
         assert abs(nucleus["known"] - corpus["known"]) < 0.05 and beam["copied 16"] > corpus["copied 16"]
         assert max(decoded(cell, name)["copied 32"] for name in ("beam", "sampled", "nucleus")) < 0.01
@@ -133,8 +133,8 @@ def test_they_are_small_and_without_optimiser():
 def test_the_users_own_run_speaks_first(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "RUNS", tmp_path)
     shutil.copytree(REFERENCE / "lstm", tmp_path / "reference" / "lstm")
-    assert newest_checkpoint() == tmp_path / "reference" / "lstm" / "best.pt"
+    assert checkpoint_of(None) == tmp_path / "reference" / "lstm" / "best.pt"
     (tmp_path / "compare" / "rnn").mkdir(parents=True)
     own = shutil.copy2(REFERENCE / "rnn" / "best.pt", tmp_path / "compare" / "rnn" / "best.pt")
     (tmp_path / "reference" / "lstm" / "best.pt").touch()  # later than the user's own
-    assert newest_checkpoint() == own
+    assert checkpoint_of(None) == own

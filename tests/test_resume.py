@@ -28,7 +28,7 @@ def same(left, right) -> bool:
 def content(path) -> dict:
     """A checkpoint without its wall-clock figures."""
     checkpoint = load_checkpoint(path)
-    del checkpoint["progress"]["seconds"], checkpoint["progress"]["trained"]
+    del checkpoint["progress"]["seconds"], checkpoint["progress"]["seconds_before"]
     return checkpoint
 
 
