@@ -132,7 +132,7 @@ def step(corpora: list[Path]) -> None:
     """Training steps with our cells and with torch.nn's; what of a step the optimiser takes."""
     rows = []
     for cell in TORCH_CELLS:
-        for hidden, size in [(H, B), *itertools.product((128, 256, 512), (32, 64, 128))]:
+        for hidden, size in dict.fromkeys([(H, B), *itertools.product((128, 256, 512), (32, 64, 128))]):
             steps = {library: training_step(cell, size, hidden, library=library)[0] for library in LIBRARIES}
             ms = alternate(steps, 7 if hidden == 512 else 15)
             default = " (default)" if (hidden, size) == (H, B) else ""
