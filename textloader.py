@@ -173,7 +173,7 @@ class BucketSampler(Sampler):
     shuffle  batches in random order, and lengths jittered by 2 %, so that sentences of like length meet
              in other batches each epoch (`set_epoch`), as `seed` says; otherwise all by length
 
-    Each epoch takes every index once. Padding is then 2 % of the symbols; in random batches, 65 %.
+    Each epoch takes every index once. Padding is then 3 % of the symbols; in random batches of 64, 70 %.
     """
 
     def __init__(self, lengths, batch_size: int, *, shuffle: bool = True, seed: int = 0):
@@ -246,7 +246,7 @@ def describe(path) -> None:
     print("quantile  " + " ".join(f"{q:4d} %" for q in quantiles))
     print("length    " + " ".join(f"{n:6.0f}" for n in np.percentile(lengths, quantiles)))
     for name, like in {"random": np.ones_like(lengths), "bucketed": lengths}.items():
-        print(f"padding   {padding_share(lengths, BucketSampler(like, 32)):.1%} of {name} batches of 32")
+        print(f"padding   {padding_share(lengths, BucketSampler(like, 64)):.1%} of {name} batches of 64")
 
 
 def main() -> None:

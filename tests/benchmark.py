@@ -334,9 +334,12 @@ def record(corpora: list[Path]) -> None:
             for batch in batches:
                 training.train_step(batch)
 
+        def write_scalars() -> None:
+            training.progress.recent_symbols = 1
+            training.write_scalars(1.0)
+
         off, on = (ms / len(batches) for ms in alternate({n: partial(train, n) for n in (0, 1)}, 3).values())
-        training.progress.recent_symbols = 1
-        one = alternate({"scalars": partial(training.write_scalars, 1.0)}, 101)["scalars"]
+        one = alternate({"scalars": write_scalars}, 101)["scalars"]
         training.save("best.pt")
         look = alternate({"look": partial(tp5.look_inside, training.folder, training.corpus)}, 1)["look"]
     costs = {"scalars": scalars * one, "histograms": histograms * (on - off)}
