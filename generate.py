@@ -249,6 +249,8 @@ def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, n=None,
     """
     if k < 1 or maxlen < 1:
         raise ValueError(f"k is {k} and maxlen {maxlen}, both must be at least 1")
+    if min_length >= maxlen:  # no sentence could end
+        raise ValueError(f"min_length is {min_length}, must be below maxlen, {maxlen}")
     n, predictor = n or k, Predictor(rnn, emb, decoder, **options)
     for live, ended, bound in beam_steps(predictor, eos, k, start, maxlen, n, min_length):  # noqa: B007
         pass
@@ -277,8 +279,7 @@ def generate_exact(
 
     A prefix is read only while it scores above the best sentence known, at first a beam's. The frontier is
     a heap of batches of children, the one with the likeliest child first. After `budget` prefixes the
-    search gives up; `gap` then says how much better the optimum may be. Where no sentence ends, the
-    result is the beam's. Else as `generate_beam`.
+    search gives up; `gap` then says how much better the optimum may be. Else as `generate_beam`.
     """
     predictor, parts = Predictor(rnn, emb, decoder, **options), (rnn, emb, decoder, eos)
     by_beam = generate_beam(*parts, SEED_BEAM, start, maxlen, n=1, min_length=min_length, **options)
@@ -313,7 +314,8 @@ def generate_exact(
         scores, model_scores, symbols, rows = scores[kept], model_scores[kept], symbols[kept], rows[kept]
         state = select(state, rows)
         codes = [codes[p] + bytes([c]) for p, c in zip(rows.tolist(), symbols.tolist(), strict=True)]
-    return [replace(best, gap=max(0.0, bound - best.search_log_prob))] if best.ended else by_beam
+    found = [best] if best.ended else by_beam
+    return [replace(h, gap=max(0.0, bound - h.search_log_prob)) for h in found]
 
 
 # -------------------------------------------------------------------------------- looking at a text
@@ -459,10 +461,9 @@ def show(decoder: str, options, parts) -> None:
     if not found:
         print("    nothing: --min-length, --nucleus and --top-k leave no sentence")
     if decoder == "exact":
-        ended = found and found[0].ended
-        gave_up = f", gave up after {options.budget:,} prefixes (--budget)" if ended and found[0].gap else ""
+        gave_up = f", gave up after {options.budget:,} prefixes (--budget)" if found and found[0].gap else ""
         print(f"    searched for {time.perf_counter() - since:.1f} s{gave_up}")
-        if ended and found[0].gap == 0:
+        if found and found[0].ended and found[0].gap == 0:
             print(f"    {where_a_beam_loses(found[0].codes, k, parts, place, warping)}")
 
 

@@ -702,7 +702,9 @@ def load_checkpoint(file: Path) -> dict:
             raise ValueError("it was trained on another alphabet")
         weights, options = checkpoint["weights"], checkpoint["options"]
         if options["model"] not in CELLS:
-            raise ValueError(f"its cell {options['model']!r} is not in CELLS")
+            raise LabError(
+                f"{file}: its cell {options['model']!r} is not in CELLS; use the script that adds it"
+            )
         if not all(weight.is_contiguous() and weight.isfinite().all() for weight in weights.values()):
             raise ValueError("its weights are not finite numbers")
         options["embedding"] = weights["emb.weight"].shape[1]  # sizes are those of the weights
@@ -919,8 +921,6 @@ def look_inside(folder: Path, corpus: Corpus, text: str = "") -> None:
     writer.close()
     before, after = (flow["h"][-1].item() for flow in flows.values())
     print(f"Gradient {len(norms) - 1} characters back: {before:.1e} at the start, {after:.1e} trained.")
-    if after <= before:
-        print("It did not grow: a run that is trained longer shows the lesson of question 5.")
 
 
 # -------------------------------------------------------------------------------------- comparing
@@ -1096,8 +1096,10 @@ def train_new(options) -> None:
         if not RANK and (each / "last.pt").exists():
             raise LabError(f"{each} holds a run already: go on with --resume, or choose another --run")
         each.mkdir(parents=True, exist_ok=True)
-    for model, each in folders.items():
+    for begun, (model, each) in enumerate(folders.items(), start=1):
         if not train(Training(argparse.Namespace(**vars(options) | {"model": model}), each, corpus)):
+            if left := ", ".join(models[begun:]):
+                print(f"Not begun: {left}. Train them alone, then --compare {printable(folder)}.")
             return
     if len(models) > 1 and not RANK:
         compare(folder, comparable([folder]), corpus)
@@ -1133,6 +1135,7 @@ def look(options) -> None:
         raise LabError("--look: give a text of at most 1,000 characters of the alphabet (ASCII)")
     file = checkpoint_of(options.resume, "best.pt")
     look_inside(file.parent, load_corpus(options_of(load_checkpoint(file), options)), text)
+    print(f"Their picture is 3_units/look of {printable(file.parent)}.")
     say_next(("tensorboard --logdir", file.parent.parent))
 
 
@@ -1144,7 +1147,7 @@ def compare_runs(options) -> None:
     corpus = load_corpus(options_of(checkpoint, options))
     if corpus.sha256 != checkpoint["sha256"]:
         raise LabError("the runs were trained on another text: name it with --data")
-    compare(Path(os.path.commonpath(folders)), checkpoints, corpus)
+    compare(folders[0] if len(folders) == 1 else folders[0].parent, checkpoints, corpus)
 
 
 def main() -> None:

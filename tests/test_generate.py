@@ -316,14 +316,6 @@ def test_table_by_hand():
     assert [(h.text, h.ended, h.gap) for h in found] == [("b", True, 0), ("aa", False, 0)]
 
 
-@every_cell
-def test_where_no_sentence_can_end_nothing_is_proved(cell, library):
-    """As many letters as symbols leave no room for EOS: the beam's prefix comes back with the beam's own gap."""
-    model = toy(cell, library)
-    [cut] = generate_exact(*model, EOS_IX, "", 3, min_length=3)
-    assert [cut] == generate_beam(*model, EOS_IX, 100, "", 3, n=1, min_length=3) and not cut.ended
-
-
 @settings(max_examples=80, deadline=None)
 @given(toys, st.integers(1, 8), st.integers(0, 2))
 def test_search_error_agrees_with_the_search(model, k, min_length):
@@ -340,6 +332,7 @@ def test_options_out_of_range():
     for decode, options, words in (
         (generate_beam, dict(k=0), "k is 0"),
         (generate_beam, dict(k=2, maxlen=0), "maxlen 0"),
+        (generate_exact, dict(maxlen=3, min_length=3), "min_length is 3, must be below maxlen, 3"),
         (generate_beam, dict(k=2, start="é☺"), "alphabet: ☺$"),
         (generate_exact, dict(alpha=1.5), "alpha"),
         (generate, dict(alpha=math.nan), "alpha"),

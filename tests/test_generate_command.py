@@ -95,7 +95,7 @@ def test_exact_search_says_where_a_beam_loses(runs, written, k):
 def test_exact_search_out_of_budget_says_how_far_it_may_be(written):
     output = written("--exact", "--min-length", "30", "--budget", "20")
     assert re.search(r"another may be up to [\d.]+ nats likelier", output)
-    assert "proved" not in output and "a beam" not in output
+    assert "gave up after 20 prefixes" in output and "proved" not in output and "a beam" not in output
 
 
 def test_trace_has_a_line_for_each_symbol(runs, written):
@@ -142,6 +142,8 @@ def test_mistakes_end_in_one_line(runs):
     refused(here("generate.py", "--checkpoint", "x" * 5000), "too long")
     refused(here("generate.py", "--checkpoint", __file__), "not a checkpoint")
     refused(here("generate.py", "--checkpoint", runs / "rnn", "--start", "中\x1b[31m"), "alphabet", "中")
+    impossible = ("--exact", "--min-length", "9", "--maxlen", "9")
+    refused(here("generate.py", "--checkpoint", runs / "rnn", *impossible), "min_length is 9", "maxlen")
 
 
 NAMES = st.sampled_from(["beam", "nucleus", "temperature", "top-k", "min-length", "n", "seed", "start"])

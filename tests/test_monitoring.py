@@ -271,6 +271,14 @@ def test_runs_are_compared_again_without_training(runs, tmp_path, monkeypatch):
     found = here("tp5.py", "--compare", tmp_path / "some" / "rnn", "some/lstm")  # one absolute, one relative
     assert found.returncode == 0, found.stderr
     assert [row[0] for row in rows_of(found.stdout)[-9:]].count("lstm") == 5
+    assert (tmp_path / "some" / "comparison" / "comparison.md").exists()
+
+
+def test_stopped_before_the_comparison(small, tmp_path, monkeypatch):
+    """What was not begun is said."""
+    monkeypatch.setattr(tp5.Training, "run", lambda self: False)
+    found = here("tp5.py", "--model", "rnn", "gru", "lstm", "--run", tmp_path, *small)
+    assert found.returncode == 0 and "Not begun: gru, lstm. " in found.stdout, found.stderr
 
 
 def test_of_runs_that_do_not_fit_those_that_do_are_named(runs, tmp_path):
