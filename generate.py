@@ -423,7 +423,8 @@ def where_a_beam_loses(codes: bytes, k: int, parts, place, options) -> str:
     return f"a beam of {k} loses it at step {step} ({what}); not even one of 4096 finds it"
 
 
-# The options that each decoder takes, beside those that all take.
+# The options that each decoder takes, beside those that all take. The first decoder that is given is
+# meant, since --exact takes --beam.
 TAKES = {
     "greedy": ["greedy"],
     "sample": ["sample", "n", "temperature", "top_k", "nucleus"],

@@ -459,7 +459,7 @@ def initial_model(options) -> CharModel:
 
 
 FORMAT = 5  # of checkpoints
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and a polite kill
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; what `kill` sends
 NOT_SAVED = ("run", "resume", "compare", "look", "device", "threads", "save_every")  # options of one command
 
 
