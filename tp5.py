@@ -525,31 +525,32 @@ class Training:
         """Validate, show the epoch's losses, save: `best.pt` if it is the best so far, `last.pt` always."""
         progress = self.progress
         valid = evaluate(self.model, batches(self.corpus.valid, self.options), self.options.device)
-        names = ("best.pt", "last.pt") if valid < progress.best_loss else ("last.pt",)
-        progress.best_loss = min(valid, progress.best_loss)
+        is_best = valid < progress.best_loss
+        if is_best:
+            progress.best_loss = valid
         progress.train_loss = progress.nats / max(progress.symbols, 1)
         progress.epoch += 1
         progress.batch, progress.nats, progress.symbols = 0, 0.0, 0
         if not RANK:
             with tqdm.external_write_mode():
                 self.report(valid)
-        for name in names:
-            self.save(name)
+        if is_best:
+            self.save("best.pt")
+        self.save("last.pt")
 
     def report(self, valid: float) -> None:
         """Show, here and in TensorBoard, the losses of the epoch just done and what the model writes."""
         progress, step = self.progress, self.progress.step - 1
         bits, guess = valid / math.log(2), math.log(len(id2lettre))
-        speed = progress.step * self.mean_symbols / progress.seconds
+        speed = f"{progress.step * self.mean_symbols / progress.seconds:,.0f} characters/s"
         self.writer.add_scalar("1_loss/validation", valid, step)
         self.writer.add_scalar("8_training/validation_bits_per_character", bits, step)
         losses = f"training {progress.train_loss:.3f} nats, validation {valid:.3f} nats"
         print(f"epoch {progress.epoch}/{self.options.epochs}: {losses}")
-        speed = f"{speed:,.0f} characters/s, {progress.seconds:.1f} s of training so far"
-        print(f"  {bits:.3f} bits per character, {speed}")
+        print(f"  {bits:.3f} bits per character, {speed}, {progress.seconds:.1f} s of training so far")
         if progress.skipped:
             print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
-        if valid > guess:
+        if not valid <= guess:
             print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
         width = shutil.get_terminal_size().columns - 16
         for decoder, h in samples(self.model, "", self.options.seed + progress.epoch - 1).items():
