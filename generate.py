@@ -436,10 +436,8 @@ TAKES = {
     "exact": ["exact", "beam", "temperature", "top_k", "nucleus", "min_length", "budget"],
     "beam": ["beam", "n", "temperature", "top_k", "nucleus", "min_length"],
 }
-EACH = (
-    *("--greedy", "--sample", "--sample --temperature 0.5", "--sample --nucleus 0.9"),
-    *("--beam 5", "--beam 5 --nucleus 0.9", "--exact"),
-)  # what is shown without a decoder
+EACH = ("--greedy", "--sample", "--sample --temperature 0.5", "--sample --nucleus 0.9", "--beam 5",
+        "--beam 5 --nucleus 0.9", "--exact")  # what is shown without a decoder  # fmt: skip
 
 
 def command_parser() -> argparse.ArgumentParser:

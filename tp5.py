@@ -208,6 +208,7 @@ class CharModel(nn.Module):
             output, _ = self.rnn.unroll(F.embedding(inputs, symbols))  # (T, B, H)
         else:
             output, _ = self.rnn(self.emb(inputs))
+        self.rnn.record = None  # what is recorded is this pass alone
         return self.decoder(output)
 
 
@@ -237,8 +238,8 @@ class Muon(torch.optim.AdamW):
         M ← 0.95·M + 0.05·G
         W ← (1 − lr·decay)·W − lr·√max(1, rows/columns)·U·Vᵀ    where 0.95·M + 0.05·G = U·S·Vᵀ
 
-    All singular values of the step are the same: W moves alike in all directions, and as far for a
-    large gradient G as for a small one.
+    The singular values of a step are nearly the same: W moves alike in all directions, and as far for
+    a large gradient G as for a small one.
     """
 
     def __init__(self, matrices, others, lr: float, *, decay: float = 0.1, quintics=QUINTICS):
@@ -431,7 +432,7 @@ def initial_model(options) -> CharModel:
 
 
 FORMAT = 6  # of checkpoints
-NOT_SAVED = ("run", "resume", "compare", "look", "device", "threads", "save_every")  # options of one command
+NOT_SAVED = ("run", "resume", "compare", "look", "device", "threads", "save_every")  # may change on resuming
 
 
 class Training:
@@ -794,8 +795,8 @@ def named_units(model, loader) -> list[Unit]:
 def picture(model, units: list[Unit], text: str, columns: int = 20):
     """Units on `text` as an image, uint8 (height, width, 3): a row a unit, each character on its value.
 
-    Blue is negative, white 0, red positive. Below a memory unit that counts stand its gates f, i and
-    o. A long text goes on below, after `columns` characters.
+    Blue is negative, white 0, red positive. Below a memory unit that follows a position stand its
+    gates f, i and o. A long text goes on below, after `columns` characters.
     """
     from PIL import Image, ImageDraw, ImageFont  # comes with TensorBoard
 
@@ -957,7 +958,7 @@ def compare(options) -> None:
 # ----------------------------------------------------------------------------------- command line
 
 EPOCHS = 5
-GO_WITH = {  # the options beside those of training anew
+GO_WITH = {  # the options that each way to call the script takes; training anew takes the others
     "compare": {"compare", "data", "threads"},
     "look": {"look", "data", "resume", "threads"},
     "resume": {"resume", "data", "epochs", "device", "threads", "save_every"},
@@ -1028,7 +1029,8 @@ def train_new(options) -> None:
     name = models[0] if len(models) == 1 else "compare"
     folder = Path(options.run or RUNS / f"{name}-{time.strftime('%Y-%m-%d_%H%M%S')}")
     folders = {model: folder / model if len(models) > 1 else folder for model in models}
-    options.epochs, defaults = options.epochs or EPOCHS, DEFAULTS[options.optimizer]
+    defaults = DEFAULTS[options.optimizer]
+    options.epochs = options.epochs or EPOCHS
     options.lr = defaults["lr"] if options.lr is None else options.lr
     options.batch_size = (options.batch_size or defaults["batch_size"]) * WORLD
     corpus = load_corpus(options)

@@ -308,3 +308,12 @@ def test_recurrent_scale():
     options.model = "rnn"
     matrix = tp5.initial_model(options).rnn.hidden_weight
     torch.testing.assert_close(matrix @ matrix.T, 9 * torch.eye(len(matrix)), atol=1e-4, rtol=0)
+
+
+def test_a_pass_leaves_no_record_behind():
+    """Else what is generated later would be added to it, and kept with its gradients."""
+    model, record = small_model("gru"), {}
+    model(batch_of(TEXTS), record)
+    recorded = {name: len(steps) for name, steps in record.items()}
+    model.rnn(torch.zeros(3, 1, 4, dtype=torch.float64))
+    assert recorded == {name: len(steps) for name, steps in record.items()} and recorded["h"] == 30
