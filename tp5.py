@@ -526,6 +526,8 @@ class Training:
         """Validate, show the epoch's losses, save: `best.pt` if it is the best so far, `last.pt` always."""
         progress = self.progress
         valid = evaluate(self.model, batches(self.corpus.valid, self.options), self.options.device)
+        if not math.isfinite(valid):  # the last good checkpoint stays
+            raise LabError("the validation loss is not finite: train anew with a smaller --lr")
         is_best = valid < progress.best_loss
         if is_best:
             progress.best_loss = valid
@@ -551,7 +553,7 @@ class Training:
         print(f"  {bits:.3f} bits per character, {speed}, {progress.seconds:.1f} s of training so far")
         if progress.skipped:
             print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
-        if not valid <= guess:
+        if valid > guess:
             print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
         width = shutil.get_terminal_size().columns - 16
         for decoder, h in samples(self.model, "", self.options.seed + progress.epoch - 1).items():
