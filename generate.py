@@ -14,7 +14,6 @@ Shapes: K beams or prefixes, H hidden, V symbols. Log-probabilities are in nats,
 import argparse
 import heapq
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,13 +116,10 @@ class Predictor:
         draw by, and the state after.
         """
         if self.table is None:
-            output, state = self.rnn(self.emb(symbols)[None], state)
-            h = output[0]
+            output, state = self.rnn(self.emb(symbols)[None], state)  # (1, K, H)
         else:  # our cells: a look-up instead of a product
-            projected = self.table[symbols]
-            state = self.rnn.one_step(projected, self.rnn.zero_state(projected) if state is None else state)
-            h = state[0] if isinstance(state, tuple) else state
-        log_probs = self.log_probs(h)
+            output, state = self.rnn.unroll(self.table[symbols][None], state)
+        log_probs = self.log_probs(output[0])
         return log_probs, self.warp(log_probs), state
 
     def log_probs(self, h):
@@ -367,21 +363,6 @@ def number(kind, low, high):
     return parse
 
 
-def path(text: str) -> str:
-    """An argparse type: a path; an empty one, often an unset shell variable, is a mistake."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return text
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows a default where there is one to show."""
-
-    def _get_help_string(self, action):
-        nothing = action.default is None or action.default is False or action.default == ""
-        return action.help if nothing else super()._get_help_string(action)
-
-
 def checkpoint_of(run: str | None, name: str = "best.pt") -> Path:
     """A run's checkpoint of this name; of the run saved last, else of the reference, if `run` names none.
 
@@ -397,30 +378,54 @@ def checkpoint_of(run: str | None, name: str = "best.pt") -> Path:
     return newest
 
 
-def describe(h: Hypothesis) -> str:
-    """Scores and certificate of a sentence, on a line each."""
-    said = [f"{h.log_prob:.2f} nats", f"{-h.log_prob / math.log(2) / len(h.codes):.2f} bits per character"]
-    warped = abs(h.search_log_prob - h.log_prob) > 0.005
-    if warped:
-        said.insert(1, f"{h.search_log_prob:.2f} with the options")
-    said.append("ended" if h.ended else "cut at --maxlen")
-    certificate = ""
+def show(h: Hypothesis, start: str) -> None:
+    """Print a sentence with its scores and certificate."""
+    bits, end = -h.log_prob / math.log(2) / len(h.codes), "ended" if h.ended else "cut at --maxlen"
+    facts = [f"{h.log_prob:.2f} nats", f"{bits:.2f} bits per character", end]
+    if abs(h.search_log_prob - h.log_prob) > 0.005:
+        facts.insert(1, f"{h.search_log_prob:.2f} with the options")
+    print(f"  {start}{h.text}{'' if h.ended else ' …'}\n    {', '.join(facts)}")
     if h.gap is not None:
         doubt = f"another may be up to {h.gap:.3g} nats likelier"
-        certificate = "\n    " + (doubt if h.gap else "proved: no other is likelier with these options")
-    return ", ".join(said) + certificate
+        print(f"    {doubt if h.gap else 'proved: no other is likelier with these options'}")
 
 
-def where_a_beam_loses(codes: bytes, k: int, parts, place, options) -> str:
+def where_a_beam_loses(codes: bytes, k: int, parts, place, search) -> str:
     """Where a beam of `k` loses the optimum, and which wider one finds it."""
-    step = search_error(*parts, k, codes, *place, **options)
+    step = search_error(*parts, k, codes, *place, **search)
     if step is None:
         return f"a beam of {k} finds it, too"
     what = repr(code2string(codes[:step])) if step < len(codes) else "the end"
     for wide in [2**power for power in range(k.bit_length(), 13)]:
-        if search_error(*parts, wide, codes, *place, **options) is None:
+        if search_error(*parts, wide, codes, *place, **search) is None:
             return f"a beam of {k} loses it at step {step} ({what}); one of {wide} finds it"
     return f"a beam of {k} loses it at step {step} ({what}); not even one of 4096 finds it"
+
+
+def write(decoder: str, options, parts) -> None:
+    """Print what a decoder writes."""
+    place = options.start, options.maxlen
+    warping = {"temperature": options.temperature, "top_k": options.top_k, "alpha": options.nucleus}
+    search = {**warping, "min_length": options.min_length}
+    if decoder == "greedy":
+        found = [generate(*parts, *place)]
+    elif decoder == "sample":
+        generator = torch.Generator().manual_seed(options.seed)
+        found = [generate(*parts, *place, generator=generator, **warping) for _ in range(options.n)]
+    elif decoder == "beam":
+        found = generate_beam(*parts, options.beam, *place, n=options.n, **search)
+    else:
+        found = generate_exact(*parts, *place, budget=options.budget, **search)
+    for h in found:
+        show(h, options.start)
+        if options.trace:
+            show_trace(h, options.start, parts, options.nucleus if options.nucleus < 1 else 0.9)
+    if not found:
+        print("  nothing: --min-length, --nucleus and --top-k leave no sentence")
+    elif decoder == "exact" and found[0].gap:
+        print(f"    gave up after {options.budget:,} prefixes (--budget)")
+    elif decoder == "exact" and found[0].ended:
+        print(f"    {where_a_beam_loses(found[0].codes, options.beam or 5, parts, place, search)}")
 
 
 # The options that each decoder takes, beside those that all take. The first decoder that is given is
@@ -431,47 +436,14 @@ TAKES = {
     "exact": ["exact", "beam", "temperature", "top_k", "nucleus", "min_length", "budget"],
     "beam": ["beam", "n", "temperature", "top_k", "nucleus", "min_length"],
 }
-
-
-def show(decoder: str, options, parts) -> None:
-    """Print the sentences that a decoder writes, each with its scores and certificate."""
-    chosen = {name: getattr(options, name) for name in TAKES[decoder] if name != "budget"}
-    said = (
-        name if value is True else f"{name} {value}" for name, value in chosen.items() if value is not None
-    )
-    print("\n" + ", ".join(said))
-    since = time.perf_counter()
-    place = (options.start, options.maxlen)
-    temperature = 1.0 if options.temperature is None else options.temperature
-    warping = {"temperature": temperature, "top_k": options.top_k, "alpha": options.nucleus or 1.0}
-    k, n, min_length = options.beam or 5, options.n or 1, options.min_length or 0
-    if decoder == "greedy":
-        found = [generate(*parts, *place)]
-    elif decoder == "sample":
-        generator = torch.Generator().manual_seed(options.seed)
-        found = [generate(*parts, *place, generator=generator, **warping) for _ in range(n)]
-    elif decoder == "beam":
-        found = generate_beam(*parts, k, *place, n=n, min_length=min_length, **warping)
-    else:
-        warping["min_length"] = min_length
-        found = generate_exact(*parts, *place, budget=options.budget, **warping)
-    for h in found:
-        print(f"  {options.start}{h.text}{'' if h.ended else ' …'}\n    {describe(h)}")
-        if options.trace:
-            show_trace(h, options.start, parts, options.nucleus or 0.9)
-    if not found:
-        print("    nothing: --min-length, --nucleus and --top-k leave no sentence")
-    if decoder == "exact":
-        gave_up = f", gave up after {options.budget:,} prefixes (--budget)" if found and found[0].gap else ""
-        print(f"    searched for {time.perf_counter() - since:.1f} s{gave_up}")
-        if found and found[0].ended and found[0].gap == 0:
-            print(f"    {where_a_beam_loses(found[0].codes, k, parts, place, warping)}")
+EACH = ("--greedy", "--sample", "--sample --temperature 0.5", "--sample --nucleus 0.9", "--beam 5",
+        "--beam 5 --nucleus 0.9", "--exact")  # what is shown without a decoder  # fmt: skip
 
 
 def command_parser() -> argparse.ArgumentParser:
     """All options of the command line, with their ranges and defaults."""
-    about = "Write sentences with a trained model; without a decoder, with each of them."
-    parser = argparse.ArgumentParser(description=about, formatter_class=HelpFormatter, allow_abbrev=False)
+    about = "Write sentences with a trained model; without a decoder, with each. (Defaults in parentheses.)"
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     add, decoder = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     width, few, many = number(int, 1, 4096), number(int, 0, 10_000), number(int, 1, 10_000)
     # fmt: off
@@ -480,21 +452,22 @@ def command_parser() -> argparse.ArgumentParser:
     decoder("--exact", action="store_true",
             help="the likeliest sentence, proved, and where a beam (of --beam K, else 5) loses it")
     add("--beam", type=width, metavar="K", help="beam search that keeps the K likeliest prefixes")
-    add("--temperature", type=number(float, 0, 1000), metavar="T",
-        help="divide the logits by T: below 1 safer, above 1 bolder; with --sample, 0 is greedy")
+    add("--temperature", type=number(float, 0, 1000), default=1.0, metavar="T",
+        help="divide the logits by T: below 1 safer, above 1 bolder; sampling at 0 is greedy (%(default)s)")
     add("--top-k", type=width, metavar="N", help="only the N likeliest symbols")
-    add("--nucleus", type=number(float, 1e-9, 1), metavar="ALPHA",
-        help="only the likeliest symbols of mass ALPHA (after temperature and top-k)")
+    add("--nucleus", type=number(float, 1e-9, 1), default=1.0, metavar="ALPHA",
+        help="only the likeliest symbols of mass ALPHA, after temperature and top-k (%(default)s)")
     add("--start", default="", metavar="TEXT", help="text that the sentence goes on from")
-    add("--maxlen", type=many, default=MAXLEN, metavar="N", help="most symbols to write")
-    add("--min-length", type=few, metavar="N", help="fewest characters, for --beam and --exact")
+    add("--maxlen", type=many, default=MAXLEN, metavar="N", help="most symbols to write (%(default)s)")
+    add("--min-length", type=few, default=0, metavar="N", help="fewest characters (%(default)s)")
     add("--budget", type=number(int, 1, 10**9), default=BUDGET, metavar="N",
-        help="prefixes that --exact may read")
-    add("-n", "--n", type=many, metavar="N", help="sentences to draw, or the N best of a beam")
+        help="prefixes that --exact may read (%(default)s)")
+    add("-n", "--n", type=many, default=1, metavar="N",
+        help="sentences to draw, or the N best of a beam (%(default)s)")
     add("--trace", action="store_true", help="the model's view of each sentence, symbol by symbol")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random draws")
-    add("--checkpoint", type=path, metavar="FILE",
-        help="a best.pt or last.pt, or a run's folder (default: the newest run's best.pt)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the random draws (%(default)s)")
+    add("--checkpoint", metavar="FILE",
+        help="a best.pt or last.pt, or a run's folder (the newest run's best.pt)")
     # fmt: on
     return parser
 
@@ -505,10 +478,11 @@ def chosen_decoder(options, parser) -> str | None:
     decoder = next((name for name in TAKES if name in given), None)
     if decoder is None and {"temperature", "top_k", "nucleus"} & {*given}:
         decoder = "sample"
-    for name in given if decoder else ():
-        if name not in TAKES[decoder] and any(name in taken for taken in TAKES.values()):
-            parser.error(f"--{name.replace('_', '-')} does not go with --{decoder}")
-    if decoder == "beam" and (options.n or 1) > options.beam:
+    for name in given:
+        if any(name in taken for taken in TAKES.values()) and name not in TAKES.get(decoder, ()):
+            rest = f"does not go with --{decoder}" if decoder else "needs a decoder, such as --beam 5"
+            parser.error(f"--{name.replace('_', '-')} {rest}")
+    if decoder == "beam" and options.n > options.beam:
         parser.error(f"-n {options.n} needs --beam {options.n} or more")
     return decoder
 
@@ -521,15 +495,16 @@ def main() -> None:
     from tp5 import load_model  # tp5 imports this file
 
     model = load_model(checkpoint)
+    parts = model.rnn, model.emb, model.decoder, EOS_IX
     print(printable(f"{checkpoint}: {model.cell}, start {options.start!r}, seed {options.seed}"))
-    k = max(5, options.n or 1)
-    each = [("greedy", {}), ("sample", {}), ("sample", {"temperature": 0.5}), ("sample", {"nucleus": 0.9}),
-            ("beam", {"beam": k}), ("beam", {"beam": k, "nucleus": 0.9}), ("exact", {})]  # fmt: skip
     try:
         options.start = code2string(codes_of(options.start))
-        for name, more in [(decoder, {})] if decoder else each:
-            values = vars(options) | ({} if name == "beam" else {name: True}) | more
-            show(name, argparse.Namespace(**values), (model.rnn, model.emb, model.decoder, EOS_IX))
+        if decoder:
+            write(decoder, options, parts)
+        for arguments in () if decoder else EACH:
+            print(f"\n{arguments}")
+            each = parser.parse_args(arguments.split(), argparse.Namespace(**vars(options)))
+            write(chosen_decoder(each, parser), each, parts)
     except ValueError as error:
         raise LabError(error) from None
 

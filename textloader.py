@@ -236,17 +236,13 @@ def describe(path) -> None:
     dataset = TextDataset(read_text(path))
     if not len(dataset):
         raise LabError(f"{path} has no sentence: none ends with . ! or ? before white space")
-    lengths, used = dataset.lengths, set().union(*dataset.sentences)
-    print(f"{printable(path)}: {len(dataset):,} sentences, {lengths.sum():,} characters")
-    print(f"symbols   {len(used)} of {len(LETTRES)}: {''.join(char for char in LETTRES if char in used)}")
-    print(f"left out  {dataset.left_out() or 'nothing'}")
+    lengths = dataset.lengths
+    print(f"{printable(path)}: {len(dataset):,} sentences of {np.median(lengths):.0f} characters (median)")
+    print(f"left out: {dataset.left_out() or 'nothing'}")
     for char, count in dataset.dropped.most_common(10):
-        print(f"          {count:7,} × {printable(char)} {unicodedata.name(char, f'U+{ord(char):04X}')}")
-    quantiles = [0, 5, 25, 50, 75, 95, 99, 100]
-    print("quantile  " + " ".join(f"{q:4d} %" for q in quantiles))
-    print("length    " + " ".join(f"{n:6.0f}" for n in np.percentile(lengths, quantiles)))
+        print(f"    {count:,} × {printable(char)} {unicodedata.name(char, f'U+{ord(char):04X}')}")
     for name, like in {"random": np.ones_like(lengths), "bucketed": lengths}.items():
-        print(f"padding   {padding_share(lengths, BucketSampler(like, 64)):.1%} of {name} batches of 64")
+        print(f"padding: {padding_share(lengths, BucketSampler(like, 64)):.1%} of {name} batches of 64")
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 import time
@@ -32,7 +31,7 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, Subset, random_split
 from tqdm import tqdm
 
-from generate import RUNS, HelpFormatter, checkpoint_of, generate, generate_beam, number, path
+from generate import RUNS, checkpoint_of, generate, generate_beam, number
 from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, id2lettre
 from textloader import BucketSampler, TextDataset, clean, code2string, pad_collate_fn, read_text, string2code
 from textloader import LabError, guard, printable
@@ -95,15 +94,11 @@ class Cell(nn.Module):
         """W_x·x + b of every gate: (…, E) → (…, G·H)."""
         return F.linear(x, self.input_weight, self.bias)
 
-    def zero_state(self, like):
-        """The state before the first symbol; `like` (B, …) gives batch size, dtype and device."""
-        zeros = like.new_zeros(like.shape[0], self.hidden_size)
-        return zeros if len(self.states) == 1 else (zeros,) * len(self.states)
-
     def unroll(self, projected, state=None):
         """All time steps: projected (T, B, G·H) → output (T, B, H), the state after the last step."""
         if state is None:
-            state = self.zero_state(projected[0])
+            zeros = projected.new_zeros(projected.shape[1], self.hidden_size)
+            state = (zeros,) * len(self.states) if len(self.states) > 1 else zeros
         outputs = []
         for of_step in projected.unbind():
             state = self.one_step(of_step, state)
@@ -213,6 +208,7 @@ class CharModel(nn.Module):
             output, _ = self.rnn.unroll(F.embedding(inputs, symbols))  # (T, B, H)
         else:
             output, _ = self.rnn(self.emb(inputs))
+        self.rnn.record = None  # what is recorded is this pass alone
         return self.decoder(output)
 
 
@@ -242,8 +238,8 @@ class Muon(torch.optim.AdamW):
         M ← 0.95·M + 0.05·G
         W ← (1 − lr·decay)·W − lr·√max(1, rows/columns)·U·Vᵀ    where 0.95·M + 0.05·G = U·S·Vᵀ
 
-    All singular values of the step are the same: W moves alike in all directions, and as far for a
-    large gradient G as for a small one.
+    The singular values of a step are nearly the same: W moves alike in all directions, and as far for
+    a large gradient G as for a small one.
     """
 
     def __init__(self, matrices, others, lr: float, *, decay: float = 0.1, quintics=QUINTICS):
@@ -319,7 +315,7 @@ class Corpus:
 
 def load_corpus(options) -> Corpus:
     """The corpus that the options name; says what was left out of it."""
-    text = read_text(options.data or CORPUS)
+    text = read_text(CORPUS if options.data is None else options.data)
     name = printable(options.data or CORPUS.name)
     dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen, lines=options.lines)
     count = len(dataset)
@@ -416,38 +412,15 @@ class Progress:
     epoch: int = 0
     batch: int = 0  # of this epoch, comes next
     step: int = 0
+    seconds: float = 0.0  # of training steps
     nats: float = 0.0  # sums over this epoch so far
     symbols: int = 0
-    seconds: float = 0.0
     recent_nats: float = 0.0  # sums since scalars were last written
     recent_symbols: int = 0
-    seconds_before: float = 0.0  # of the epochs before
     train_loss: float = math.inf  # of the last epoch, nats
     best_loss: float = math.inf  # on the validation sentences, nats
-    skipped: int = 0  # steps since the start whose loss or gradient was not finite
+    skipped: int = 0  # steps whose loss or gradient was not finite
     skipped_in_a_row: int = 0
-
-    def count(self, finite: bool, nats: float, symbols: int, seconds: float) -> None:
-        """Add a step's losses and symbols, or that it was skipped."""
-        self.seconds += seconds
-        if finite:
-            self.nats += nats
-            self.symbols += symbols
-            self.recent_nats += nats
-            self.recent_symbols += symbols
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-
-    def end_epoch(self, valid_loss: float) -> None:
-        """Turn the epoch's sums into its losses, and begin the next."""
-        self.train_loss = self.nats / max(self.symbols, 1)
-        self.best_loss = min(valid_loss, self.best_loss)
-        self.seconds_before += self.seconds
-        self.epoch += 1
-        self.batch = self.symbols = 0
-        self.nats = self.seconds = 0.0
 
 
 def initial_model(options) -> CharModel:
@@ -458,9 +431,8 @@ def initial_model(options) -> CharModel:
     return model
 
 
-FORMAT = 5  # of checkpoints
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; what `kill` sends
-NOT_SAVED = ("run", "resume", "compare", "look", "device", "threads", "save_every")  # options of one command
+FORMAT = 6  # of checkpoints
+NOT_SAVED = ("run", "resume", "compare", "look", "device", "threads", "save_every")  # may change on resuming
 
 
 class Training:
@@ -475,7 +447,7 @@ class Training:
         self.steps = options.epochs * self.epoch_steps
         lengths = corpus.train.dataset.lengths[corpus.train.indices]
         self.mean_symbols = (int(lengths.sum()) + len(lengths)) / self.epoch_steps  # of a batch, EOS included
-        self.progress, self.stopping = Progress(), False
+        self.progress = Progress()
         self.writer = None  # in process 0, while it runs
 
     def train_step(self, batch) -> None:
@@ -484,31 +456,44 @@ class Training:
         since = time.perf_counter()
         batch = batch.to(options.device)
         real = batch != PAD_IX
-        symbols = int(real.sum())
         record = {} if self.due(options.histograms_every) else None  # of gates and states
 
-        nats = maskedCrossEntropy(self.ddp_model(batch, record), batch, PAD_IX) * symbols
+        nats = maskedCrossEntropy(self.ddp_model(batch, record), batch, PAD_IX) * real.sum()
         self.optimizer.zero_grad()
         # Over the symbols of a mean batch, not of this one: in long batches and short, each symbol counts
         # the same. (DDP averages over the processes, so times their number.)
         (nats * WORLD / self.mean_symbols).backward()
         norm = nn.utils.get_total_norm([parameter.grad for parameter in self.model.parameters()])
-        all_nats, all_symbols = all_reduce(nats.item(), symbols)
-        finite = math.isfinite(all_nats + norm.item())
-        if finite:  # else the step is skipped
+        all_nats, all_symbols = all_reduce(nats.item(), real.sum().item())
+        if math.isfinite(all_nats + norm.item()):
             if record is not None:
                 write_histograms(self.writer, self.model, record, real, progress.step)
             nn.utils.clip_grads_with_norm_(self.model.parameters(), options.clip or math.inf, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = options.lr * schedule(progress.step, self.steps)
             self.optimizer.step()
-        progress.count(finite, all_nats, int(all_symbols), time.perf_counter() - since)
+            progress.nats += all_nats
+            progress.symbols += int(all_symbols)
+            progress.recent_nats += all_nats
+            progress.recent_symbols += int(all_symbols)
+            progress.skipped_in_a_row = 0
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            if progress.skipped_in_a_row == 3:
+                advice = "a smaller --lr" if options.clip else "--clip 1"
+                what = "at three steps in a row, the loss or its gradient was not finite"
+                raise LabError(f"{what}, up to step {progress.step:,}: train anew with {advice}")
+        progress.seconds += time.perf_counter() - since
         if self.due(options.scalars_every) and progress.recent_symbols:
             self.write_scalars(norm)
         progress.step += 1
         progress.batch += 1
-        if progress.skipped_in_a_row == 3:
-            raise self.diverged("at three steps in a row, the loss or its gradient was not finite")
+
+    def due(self, every: int) -> bool:
+        """Whether this step is one to write: each `every`-th, and the last; 0 is never."""
+        step = self.progress.step
+        return self.writer is not None and every > 0 and (step % every == 0 or step == self.steps - 1)
 
     def write_scalars(self, norm) -> None:
         """The training loss since the last time, the gradient's norm, learning rate and speed."""
@@ -517,108 +502,79 @@ class Training:
             "1_loss/train": progress.recent_nats / progress.recent_symbols,
             "4_gradient/norm_before_clipping": norm,
             "8_training/learning_rate": self.optimizer.param_groups[0]["lr"],
-            "8_training/characters_per_second": progress.symbols / progress.seconds,
+            "8_training/characters_per_second": (progress.step + 1) * self.mean_symbols / progress.seconds,
         }.items():
             self.writer.add_scalar(tag, value, progress.step)
         progress.recent_nats, progress.recent_symbols = 0.0, 0
 
-    def due(self, every: int) -> bool:
-        """Whether this step is one to write: each `every`-th, and the last; 0 is never."""
-        step = self.progress.step
-        return self.writer is not None and every > 0 and (step % every == 0 or step == self.steps - 1)
-
-    def diverged(self, what: str) -> LabError:
-        """The error that ends a run that cannot go on."""
-        advice = "a smaller --lr" if self.options.clip else "--clip 1"
-        if self.progress.step <= 3:  # as the seed made it
-            advice = "a smaller --recurrent-scale or --lr"
-        return LabError(f"{what}, up to step {self.progress.step:,}: train anew with {advice}")
-
     def train_epoch(self, bar) -> None:
-        """The batches of this epoch that are left, until somebody wants to stop."""
+        """The batches of this epoch that are left."""
         options, progress = self.options, self.progress
         saved = time.monotonic()
         self.model.train()
-        bar.set_description_str(f"epoch {progress.epoch + 1}/{options.epochs}")
+        bar.set_description(f"epoch {progress.epoch + 1}/{options.epochs}", refresh=False)
         for batch in batches(self.corpus.train, options, epoch=progress.epoch, start=progress.batch):
             self.train_step(batch)
-            loss = progress.nats / max(progress.symbols, 1)
-            speed = progress.symbols / progress.seconds
-            bar.set_postfix_str(f"{loss:.3f} nats, {speed:,.0f} characters/s", refresh=False)
+            bar.set_postfix_str(f"{progress.nats / max(progress.symbols, 1):.3f} nats", refresh=False)
             bar.update()
             due = options.save_every and time.monotonic() - saved > options.save_every
-            if (due or self.stopping) and progress.batch < self.epoch_steps:  # at the end, end_epoch saves
+            if due and progress.batch < self.epoch_steps:  # at its end, end_epoch saves
                 self.save("last.pt")
                 saved = time.monotonic()
-            if self.stopping:
-                break
 
     def end_epoch(self) -> None:
-        """Validate, save (`best.pt` where it is the best so far, `last.pt` always), then say how it went."""
-        options, progress = self.options, self.progress
-        step = progress.step - 1  # the one just done
-        valid = evaluate(self.model, batches(self.corpus.valid, options), options.device)
-        if not math.isfinite(valid):
-            raise self.diverged("the validation loss is not finite")
-        written = {} if RANK else samples(self.model, "", options.seed + progress.epoch)
-        sentences = {decoder: h.text + ("" if h.ended else " …") for decoder, h in written.items()}
-        if self.writer:
-            self.writer.add_scalar("1_loss/validation", valid, step)
-            self.writer.add_scalar("8_training/validation_bits_per_character", valid / math.log(2), step)
-            for decoder, sentence in sentences.items():
-                code_block = textwrap.indent(textwrap.fill(sentence, 90), " " * 4)
-                self.writer.add_text(f"samples/{decoder}", code_block, step)
+        """Validate, show the epoch's losses, save: `best.pt` if it is the best so far, `last.pt` always."""
+        progress = self.progress
+        valid = evaluate(self.model, batches(self.corpus.valid, self.options), self.options.device)
+        if not math.isfinite(valid):  # the last good checkpoint stays
+            raise LabError("the validation loss is not finite: train anew with a smaller --lr")
+        is_best = valid < progress.best_loss
+        if is_best:
+            progress.best_loss = valid
+        progress.train_loss = progress.nats / max(progress.symbols, 1)
+        progress.epoch += 1
+        progress.batch, progress.nats, progress.symbols = 0, 0.0, 0
+        if not RANK:
+            with tqdm.external_write_mode():
+                self.report(valid)
+        if is_best:
+            self.save("best.pt")
+        self.save("last.pt")
 
-        speed = progress.symbols / progress.seconds
-        names = ("best.pt", "last.pt") if valid < progress.best_loss else ("last.pt",)
-        progress.end_epoch(valid)
-        for name in names:
-            self.save(name)
-        with tqdm.external_write_mode():
-            self.say_epoch(valid, speed, sentences)
-
-    def say_epoch(self, valid: float, speed: float, sentences: dict[str, str]) -> None:
-        """Print what an epoch came to; a sentence is cut to the terminal's width."""
-        progress, guess = self.progress, math.log(len(id2lettre))
+    def report(self, valid: float) -> None:
+        """Show, here and in TensorBoard, the losses of the epoch just done and what the model writes."""
+        progress, step = self.progress, self.progress.step - 1
+        bits, guess = valid / math.log(2), math.log(len(id2lettre))
+        speed = f"{progress.step * self.mean_symbols / progress.seconds:,.0f} characters/s"
+        self.writer.add_scalar("1_loss/validation", valid, step)
+        self.writer.add_scalar("8_training/validation_bits_per_character", bits, step)
         losses = f"training {progress.train_loss:.3f} nats, validation {valid:.3f} nats"
         print(f"epoch {progress.epoch}/{self.options.epochs}: {losses}")
-        speed = f"{speed:,.0f} characters/s, {progress.seconds_before:.1f} s of training so far"
-        print(f"  {valid / math.log(2):.3f} bits per character, {speed}")
+        print(f"  {bits:.3f} bits per character, {speed}, {progress.seconds:.1f} s of training so far")
         if progress.skipped:
             print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
         if valid > guess:
             print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
         width = shutil.get_terminal_size().columns - 16
-        for decoder, text in sentences.items():
-            print(f"  {decoder:12s}  {text if len(text) <= width else text[: width - 1] + '…'}")
+        for decoder, h in samples(self.model, "", self.options.seed + progress.epoch - 1).items():
+            text = h.text + ("" if h.ended else " …")
+            code_block = textwrap.indent(textwrap.fill(text, 90), " " * 4)
+            self.writer.add_text(f"samples/{decoder}", code_block, step)
+            print(f"  {decoder:12s}  {textwrap.shorten(text, width, placeholder='…')}")
 
-    def run(self) -> bool:
-        """Train to the end, or until Ctrl-C or SIGTERM; whether it came to the end."""
-        if WORLD == 1:  # torchrun ends its processes itself
-            for each in SIGNALS:
-                signal.signal(each, self.stop)
+    def run(self) -> None:
+        """Train to the end."""
+        progress, options = self.progress, self.options
         if not RANK:
-            self.writer = event_writer(self.folder, step=self.progress.step)
-        if self.progress.step == 0:
+            self.writer = event_writer(self.folder, step=progress.step)
+        if progress.step == 0:
             self.save("last.pt")  # a run killed before its first save can be resumed as well
-        layout = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
-        with tqdm(total=self.steps, initial=self.progress.step, leave=False, disable=RANK > 0 or None,
-                  dynamic_ncols=True, bar_format=layout) as bar:  # fmt: skip
-            while self.progress.epoch < self.options.epochs and not self.stopping:
+        with tqdm(total=self.steps, initial=progress.step, leave=False, disable=RANK > 0 or None) as bar:
+            while progress.epoch < options.epochs:
                 self.train_epoch(bar)
-                if self.progress.batch == self.epoch_steps:
-                    self.end_epoch()
+                self.end_epoch()
         if self.writer:
             self.writer.close()
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
-        return self.progress.epoch == self.options.epochs
-
-    def stop(self, *_) -> None:
-        """Stop after this step; a second signal kills."""
-        self.stopping = True
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
 
     def save(self, name: str) -> None:
         """Write beside, flush to disk, rename: the file is the old one or the new one, never a half.
@@ -637,9 +593,6 @@ class Training:
             "optimizer": self.optimizer.state_dict()["state"] if name == "last.pt" else None,
             "progress": asdict(self.progress),
         }
-        if not all(weight.isfinite().all() for weight in checkpoint["weights"].values()):
-            raise self.diverged("a weight is not finite")
-        self.folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         self.writer.flush()
         content = io.BytesIO()
         torch.save(checkpoint, content)
@@ -649,14 +602,14 @@ class Training:
             os.fsync(file.fileno())
         os.replace(self.folder / f"{name}.half", self.folder / name)
 
-    def restore(self, checkpoint: dict) -> None:
+    def restore(self, checkpoint: "Checkpoint") -> None:
         """Take up the run where the checkpoint left it."""
-        if checkpoint["optimizer"] is None:
+        if checkpoint.optimizer is None:
             raise LabError("best.pt is for writing, it has no optimiser state: go on with last.pt")
-        if checkpoint["sha256"] != self.corpus.sha256:
+        if checkpoint.sha256 != self.corpus.sha256:
             raise LabError("this run was trained on another text: name it with --data")
-        self.model.load_state_dict(checkpoint["weights"])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint["optimizer"]})
+        self.model.load_state_dict(checkpoint.model.state_dict())
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": checkpoint.optimizer})
         for parameter, moments in self.optimizer.state.items():
             if moments.keys() not in ({"step", "exp_avg", "exp_avg_sq"}, {"step", "momentum"}):
                 raise ValueError("its optimiser is another")
@@ -664,13 +617,23 @@ class Training:
                 if moment.shape != (() if name == "step" else parameter.shape):
                     raise ValueError("its moments do not fit its weights")
                 moments[name] = moment.clone(memory_format=torch.contiguous_format)  # its own memory
-        self.progress = Progress(**checkpoint["progress"])
-        kinds = [[type(value) for value in asdict(each).values()] for each in (self.progress, Progress())]
-        if kinds[0] != kinds[1] or not 0 <= self.progress.batch < self.epoch_steps or self.progress.epoch < 0:
+        self.progress = checkpoint.progress
+        if not 0 <= self.progress.batch < self.epoch_steps or self.progress.epoch < 0:
             raise ValueError("its progress does not fit its corpus")
 
 
 # ------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclass
+class Checkpoint:
+    """What `Training.save` wrote, read and checked."""
+
+    options: argparse.Namespace  # of the training
+    sha256: str  # of the corpus
+    model: CharModel
+    optimizer: dict | None  # its state
+    progress: Progress
 
 
 @contextmanager
@@ -687,7 +650,7 @@ def reading(file: Path):
         raise LabError(f"{file} is not a checkpoint of this lab, or is damaged: {reason}") from None
 
 
-def load_checkpoint(file: Path) -> dict:
+def load_checkpoint(file: Path) -> Checkpoint:
     """Read a checkpoint without running anything in it; LabError if it is not one of ours."""
     with reading(file):
         with zipfile.ZipFile(file) as archive:
@@ -695,36 +658,35 @@ def load_checkpoint(file: Path) -> dict:
                 raise ValueError("its records are compressed")  # a small file could fill the memory
             if archive.testzip():
                 raise ValueError("a checksum is wrong")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
-            raise ValueError(f"format {checkpoint['format']}, this program reads {FORMAT}: train again")
-        if checkpoint["alphabet"] != LETTRES:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, this program reads {FORMAT}: train again")
+        if content["alphabet"] != LETTRES:
             raise ValueError("it was trained on another alphabet")
-        weights, options = checkpoint["weights"], checkpoint["options"]
-        if options["model"] not in CELLS:
-            raise LabError(
-                f"{file}: its cell {options['model']!r} is not in CELLS; use the script that adds it"
-            )
+        options, weights = argparse.Namespace(**content["options"]), content["weights"]
+        if options.model not in CELLS:
+            raise LabError(f"{file}: no cell {options.model!r} in CELLS; use the script that adds it")
         if not all(weight.is_contiguous() and weight.isfinite().all() for weight in weights.values()):
             raise ValueError("its weights are not finite numbers")
-        options["embedding"] = weights["emb.weight"].shape[1]  # sizes are those of the weights
-        options["hidden"] = weights["decoder.weight"].shape[1]
-    return checkpoint
-
-
-def model_of(checkpoint: dict) -> CharModel:
-    """The model of a checkpoint, ready to write."""
-    options = checkpoint["options"]
-    model = CharModel(options["model"], options["embedding"], options["hidden"])
-    model.load_state_dict(checkpoint["weights"])
-    return model.eval()
+        options.embedding = weights["emb.weight"].shape[1]  # sizes are those of the weights
+        options.hidden = weights["decoder.weight"].shape[1]
+        model = CharModel(options.model, options.embedding, options.hidden)
+        model.load_state_dict(weights)
+        progress = Progress(**content["progress"])
+        if any(type(value) is not type(getattr(Progress, name)) for name, value in vars(progress).items()):
+            raise ValueError("its progress is not in numbers")
+        return Checkpoint(options, content["sha256"], model.eval(), content["optimizer"], progress)
 
 
 def load_model(file: Path) -> CharModel:
     """A trained model, ready to write; LabError if `file` is not a checkpoint of this lab."""
-    checkpoint = load_checkpoint(file)
-    with reading(file):
-        return model_of(checkpoint)
+    return load_checkpoint(file).model
+
+
+def options_of(checkpoint: Checkpoint, options) -> argparse.Namespace:
+    """The options that a run was trained with; --data and --epochs may be given anew."""
+    anew = {name: getattr(options, name) for name in ("data", "epochs") if getattr(options, name)}
+    return argparse.Namespace(**vars(options) | vars(checkpoint.options) | anew)
 
 
 # ----------------------------------------------------------------------------- a trained run, inside
@@ -787,14 +749,11 @@ def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
     return flow
 
 
-def both_flows(checkpoint: dict, valid: Subset) -> dict[str, dict]:
+def both_flows(checkpoint: Checkpoint, valid: Subset) -> dict[str, dict]:
     """A model's gradient flow over 64 validation sentences that are long enough, "at_start" and "trained"."""
     order = np.argsort(-np.minimum(valid.dataset.lengths[valid.indices], LAGS + 1), kind="stable")
     batch = pad_collate_fn([valid[i] for i in order[:64]])
-    models = {
-        "at_start": initial_model(argparse.Namespace(**checkpoint["options"])),
-        "trained": model_of(checkpoint),
-    }
+    models = {"at_start": initial_model(checkpoint.options), "trained": checkpoint.model}
     return {when: gradient_flow(model, batch) for when, model in models.items()}
 
 
@@ -838,8 +797,8 @@ def named_units(model, loader) -> list[Unit]:
 def picture(model, units: list[Unit], text: str, columns: int = 20):
     """Units on `text` as an image, uint8 (height, width, 3): a row a unit, each character on its value.
 
-    Blue is negative, white 0, red positive. Below a memory unit that counts stand its gates f, i and
-    o. A long text goes on below, after `columns` characters.
+    Blue is negative, white 0, red positive. Below a memory unit that follows a position stand its
+    gates f, i and o. A long text goes on below, after `columns` characters.
     """
     from PIL import Image, ImageDraw, ImageFont  # comes with TensorBoard
 
@@ -865,18 +824,6 @@ def picture(model, units: list[Unit], text: str, columns: int = 20):
     return np.asarray(image)
 
 
-@torch.no_grad()
-def recurrent_matrices(models: dict[str, CharModel]) -> list[dict]:
-    """Largest singular value and spectral radius of each gate's recurrent matrix, by model."""
-    rows = []
-    for when, model in models.items():
-        for gate, W in zip(model.rnn.gates, model.rnn.hidden_weight.chunk(len(model.rnn.gates)), strict=True):
-            largest, radius = torch.linalg.matrix_norm(W, 2), torch.linalg.eigvals(W).abs().max()
-            row = {"gate": gate, "when": when, "singular value": largest.item(), "radius": radius.item()}
-            rows.append(row)
-    return rows
-
-
 def write_symbols(writer, emb, folder: Path) -> None:
     """The symbols' embeddings for TensorBoard's projector, labelled by symbol and class."""
     classes = {"vowel": "[aeiou]", "consonant": "[a-z]", "capital": "[A-Z]", "digit": "[0-9]", "other": ".*"}
@@ -892,11 +839,8 @@ def write_symbols(writer, emb, folder: Path) -> None:
 def look_inside(folder: Path, corpus: Corpus, text: str = "") -> None:
     """Write and print what a run's best model does: gradient flow and named units; or its units on `text`."""
     checkpoint = load_checkpoint(folder / "best.pt")
-    options = argparse.Namespace(**checkpoint["options"])
-    model = model_of(checkpoint)
-    order = list(batches(corpus.valid, options).batch_sampler)
-    eight = order[:: math.ceil(len(order) / 8)]  # batches of all lengths
-    units = named_units(model, DataLoader(corpus.valid, batch_sampler=eight, collate_fn=pad_collate_fn))
+    model, loader = checkpoint.model, batches(corpus.valid, checkpoint.options)
+    units = named_units(model, [*loader][:: math.ceil(len(loader) / 8)])  # eight batches, of all lengths
     rows = [{"unit": f"{u.gate} {u.number}", "follows": u.feature, "correlation": u.r} for u in units]
     found = table(rows) if rows else "none"
     print(f"Units of this {model.cell} that follow the text:\n{found}")
@@ -909,9 +853,7 @@ def look_inside(folder: Path, corpus: Corpus, text: str = "") -> None:
     near_40 = sorted(sentences, key=lambda sentence: abs(len(sentence) - 40))
     for i, sentence in enumerate(near_40[:3]):
         writer.add_image("3_units/on_text", picture(model, units, sentence), i, dataformats="HWC")
-    matrices = recurrent_matrices({"at start": initial_model(options), "trained": model})
     writer.add_text("units", found)
-    writer.add_text("recurrent_matrices", table(matrices))
     write_symbols(writer, model.emb, folder)
     flows = both_flows(checkpoint, corpus.valid)
     for when, flow in flows.items():
@@ -943,16 +885,15 @@ def copied(texts: list[str], corpus: str) -> dict[str, float]:
     return shares
 
 
-def compare_sentences(checkpoints: dict[str, dict], corpus: Corpus) -> tuple[list[dict], str]:
+def compare_sentences(checkpoints: dict[str, Checkpoint], corpus: Corpus) -> tuple[list[dict], str]:
     """What decoders make of the same 20 starts: a table of how much was copied, and the first sentences."""
     training_text = "\n".join(corpus.train.dataset.sentences[i] for i in corpus.train.indices)
     valid = [corpus.valid.dataset.sentences[i] for i in corpus.valid.indices]
     starts = ["", *dict.fromkeys(sentence.split()[0] + " " for sentence in valid)][:20]
     groups = {("corpus", ""): [(sentence, True) for sentence in valid[:200]]}  # texts; whether they ended
     for name, checkpoint in checkpoints.items():
-        model = model_of(checkpoint)
         for seed, start in enumerate(starts):
-            for decoder, h in samples(model, start, seed).items():
+            for decoder, h in samples(checkpoint.model, start, seed).items():
                 groups.setdefault((name, decoder), []).append((h.text, h.ended))
     rows, sentences = [], []
     for (name, decoder), group in groups.items():
@@ -964,7 +905,7 @@ def compare_sentences(checkpoints: dict[str, dict], corpus: Corpus) -> tuple[lis
     return rows, "\n".join(sentences)
 
 
-def comparable(folders: list[Path]) -> dict[str, dict]:
+def comparable(folders: list[Path]) -> dict[str, Checkpoint]:
     """The best checkpoint of each run in the folders, by name; LabError unless all have one corpus."""
     files = sorted({file.absolute() for folder in folders for file in folder.glob("**/best.pt")})
     if not files:
@@ -973,29 +914,29 @@ def comparable(folders: list[Path]) -> dict[str, dict]:
     checkpoints = {file.parent.relative_to(top).as_posix(): load_checkpoint(file) for file in files}
     fitting = {}
     for name, checkpoint in checkpoints.items():
-        sentences = [checkpoint["options"][option] for option in ("seed", "maxlen", "maxsent", "lines")]
-        fitting.setdefault((checkpoint["sha256"], *sentences), []).append(name)
+        o = checkpoint.options
+        fitting.setdefault((checkpoint.sha256, o.seed, o.maxlen, o.maxsent, o.lines), []).append(name)
     if len(fitting) > 1:
         which = "; ".join(", ".join(names) for names in fitting.values())
         raise LabError(f"only runs on the same sentences can be compared, so one of these groups: {which}")
-    return dict(sorted(checkpoints.items(), key=lambda item: [*CELLS].index(item[1]["options"]["model"])))
+    return dict(sorted(checkpoints.items(), key=lambda item: [*CELLS].index(item[1].options.model)))
 
 
-def compare(folder: Path, checkpoints: dict[str, dict], corpus: Corpus) -> None:
+def compare(options) -> None:
     """The runs side by side: loss, gradient flow, what their decoders write, how much of that is copied."""
+    folders = [Path(folder).absolute() for folder in options.compare]
+    folder = folders[0] if len(folders) == 1 else folders[0].parent
+    checkpoints = comparable(folders)
+    first = next(iter(checkpoints.values()))
+    corpus = load_corpus(options_of(first, options))
+    if corpus.sha256 != first.sha256:
+        raise LabError("the runs were trained on another text: name it with --data")
     losses, lags = [], []
     for name, checkpoint in checkpoints.items():
-        progress = Progress(**checkpoint["progress"])
-        losses.append(
-            {
-                "run": name,
-                "parameters": f"{sum(w.numel() for w in checkpoint['weights'].values()):,}",
-                "seconds": round(progress.seconds_before),
-                "training": f"{progress.train_loss:.3f}",
-                "validation": f"{progress.best_loss:.3f}",
-                "bits": f"{progress.best_loss / math.log(2):.3f}",
-            }
-        )
+        progress, size = checkpoint.progress, sum(p.numel() for p in checkpoint.model.parameters())
+        row = {"run": name, "parameters": f"{size:,}", "seconds": round(progress.seconds)}
+        row |= {"training": f"{progress.train_loss:.3f}", "validation": f"{progress.best_loss:.3f}"}
+        losses.append(row | {"bits": f"{progress.best_loss / math.log(2):.3f}"})
         for when, flow in both_flows(checkpoint, corpus.valid).items():
             for state, norms in flow.items():
                 by_lag = {str(lag): norms[lag].item() for lag in range(0, len(norms), 10)}
@@ -1019,7 +960,7 @@ def compare(folder: Path, checkpoints: dict[str, dict], corpus: Corpus) -> None:
 # ----------------------------------------------------------------------------------- command line
 
 EPOCHS = 5
-GO_WITH = {  # the options beside those of training anew
+GO_WITH = {  # the options that each way to call the script takes; training anew takes the others
     "compare": {"compare", "data", "threads"},
     "look": {"look", "data", "resume", "threads"},
     "resume": {"resume", "data", "epochs", "device", "threads", "save_every"},
@@ -1028,67 +969,70 @@ GO_WITH = {  # the options beside those of training anew
 
 def command_parser() -> argparse.ArgumentParser:
     """All options of the command line, with their ranges and defaults."""
-    about = "Train a character model with a recurrent cell written by hand."
-    parser = argparse.ArgumentParser(description=about, formatter_class=HelpFormatter, allow_abbrev=False)
+    about = "Train a character model with a recurrent cell written by hand. (Defaults in parentheses.)"
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     add, folder = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     size, whole, real = number(int, 1, 8192), number(int, 0, 10**9), number(float, 0, 1e9)
-    lr, batch = (", ".join(f"{each[key]:g} for {name}" for name, each in DEFAULTS.items())
+    seed = number(int, 0, 2**63 - 1)
+    lr, batch = (", ".join(f"{name} {each[key]}" for name, each in DEFAULTS.items())
                  for key in ("lr", "batch_size"))  # fmt: skip
     # fmt: off
-    add("--model", nargs="+", choices=[*CELLS, "all"], metavar="CELL",
-        help=f"{', '.join(CELLS)}; several, or all: one after another, then compared (default: lstm)")
-    add("--data", type=path, metavar="PATH", help=f"a UTF-8 text file (default: data/{CORPUS.name})")
+    add("--model", nargs="+", choices=[*CELLS, "all"], default=["lstm"], metavar="CELL",
+        help=f"{', '.join(CELLS)}; several, or all: one after another, then compared (lstm)")
+    add("--data", metavar="PATH", help=f"a UTF-8 text file (data/{CORPUS.name})")
     add("--lines", action="store_true", help="each line is an example, with or without full stops")
-    add("--epochs", type=number(int, 1, 10**6), metavar="N", help=f"passes over the text (default: {EPOCHS})")
-    add("--batch-size", type=size, metavar="B", help=f"sentences in a process's batch (default: {batch})")
-    add("--embedding", type=size, default=128, metavar="E", help="size of a symbol's embedding")
-    add("--hidden", type=size, default=256, metavar="H", help="size of the hidden state")
+    add("--epochs", type=number(int, 1, 10**6), metavar="N", help=f"passes over the text ({EPOCHS})")
+    add("--batch-size", type=size, metavar="B", help=f"sentences in a process's batch ({batch})")
+    add("--embedding", type=size, default=128, metavar="E", help="size of a symbol's embedding (%(default)s)")
+    add("--hidden", type=size, default=256, metavar="H", help="size of the hidden state (%(default)s)")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
-        help="muon moves the cell's two matrices, and adamw all else; or adamw moves everything")
-    add("--lr", type=real, metavar="RATE", help=f"peak learning rate (default: {lr})")
-    add("--clip", type=real, default=1.0, metavar="NORM", help="clip gradients to this norm; 0: off")
+        help="muon for the cell's two matrices, adamw for the rest; or adamw for all (%(default)s)")
+    add("--lr", type=real, metavar="RATE", help=f"peak learning rate ({lr})")
+    add("--clip", type=real, default=1.0, metavar="NORM", help="clip gradients to it (%(default)s; 0: never)")
     add("--recurrent-scale", type=real, default=1.0, metavar="FACTOR",
-        help="on the initial recurrent matrices; 3 makes an rnn's gradients explode")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the split, the weights, the shuffling")
-    add("--maxlen", type=number(int, 1, 10_000), default=2000, metavar="N", help="leave out longer sentences")
+        help="on the initial recurrent matrices (%(default)s); 3 makes an rnn's gradients explode")
+    add("--seed", type=seed, default=0, help="of the split, the weights, the shuffling (%(default)s)")
+    add("--maxlen", type=number(int, 1, 10_000), default=2000, metavar="N",
+        help="leave out sentences of more characters (%(default)s)")
     add("--maxsent", type=number(int, 2, 10**9), metavar="N", help="use the first N sentences only")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-    add("--threads", type=number(int, 1, 999), metavar="N", help="threads of a process (default: PyTorch's)")
-    add("--scalars-every", type=whole, default=20, metavar="N", help="steps between scalars; 0: off")
-    add("--histograms-every", type=whole, default=50, metavar="N", help="steps between histograms; 0: off")
-    add("--save-every", type=real, default=30, metavar="SECONDS", help="and after each epoch; 0: only then")
-    folder("--run", type=path, metavar="FOLDER", help="where the run goes (default: runs/MODEL-DATE_TIME)")
-    folder("--resume", type=path, nargs="?", const="", metavar="RUN",
+    add("--threads", type=number(int, 1, 999), metavar="N", help="threads of a process (PyTorch's)")
+    add("--scalars-every", type=whole, default=20, metavar="N", help="steps (%(default)s; 0: never)")
+    add("--histograms-every", type=whole, default=50, metavar="N", help="steps (%(default)s; 0: never)")
+    add("--save-every", type=real, default=30, metavar="SECONDS",
+        help="save within an epoch (%(default)s; 0: never), beside its end")
+    folder("--run", metavar="FOLDER", help="where the run goes (runs/MODEL-DATE_TIME)")
+    folder("--resume", nargs="?", const="", metavar="RUN",
            help="go on with a run (alone: the newest); with --epochs N, train a finished one further")
-    folder("--compare", type=path, nargs="+", metavar="RUN", help="compare trained runs, or all in a folder")
+    folder("--compare", nargs="+", metavar="RUN", help="compare trained runs, or all in a folder")
     add("--look", metavar="TEXT", help="a trained run's units on a text (of --resume RUN, else the newest)")
     # fmt: on
     return parser
 
 
-def train(training: Training) -> bool:
-    """Run to the end or to a signal, and say what comes next; False if it was stopped."""
+def train(training: Training) -> None:
+    """Run to the end, look inside, and say what comes next."""
     options, folder = training.options, training.folder
     parameters = sum(p.numel() for p in training.model.parameters())
     print(f"{options.model} with {parameters:,} parameters, {training.steps:,} steps, in {printable(folder)}")
-    if not training.run():
-        print("Stopped and saved.")
+    try:
+        training.run()
+    except KeyboardInterrupt:
         say_next(("python tp5.py --resume", folder))
-        return False
+        raise
     if not RANK:
         look_inside(folder, training.corpus)
     say_next(("python generate.py --beam 5 --checkpoint", folder), ("tensorboard --logdir", folder.parent))
-    return True
 
 
 def train_new(options) -> None:
     """Train a new run of each model that is asked for, on the same batches; then compare them."""
-    models = options.model or ["lstm"]
-    models = list(CELLS) if "all" in models else list(dict.fromkeys(models))
+    models = list(CELLS) if "all" in options.model else list(dict.fromkeys(options.model))
     name = models[0] if len(models) == 1 else "compare"
     folder = Path(options.run or RUNS / f"{name}-{time.strftime('%Y-%m-%d_%H%M%S')}")
     folders = {model: folder / model if len(models) > 1 else folder for model in models}
-    options.epochs, defaults = options.epochs or EPOCHS, DEFAULTS[options.optimizer]
+    defaults = DEFAULTS[options.optimizer]
+    options.epochs = options.epochs or EPOCHS
     options.lr = defaults["lr"] if options.lr is None else options.lr
     options.batch_size = (options.batch_size or defaults["batch_size"]) * WORLD
     corpus = load_corpus(options)
@@ -1096,19 +1040,11 @@ def train_new(options) -> None:
         if not RANK and (each / "last.pt").exists():
             raise LabError(f"{each} holds a run already: go on with --resume, or choose another --run")
         each.mkdir(parents=True, exist_ok=True)
-    for begun, (model, each) in enumerate(folders.items(), start=1):
-        if not train(Training(argparse.Namespace(**vars(options) | {"model": model}), each, corpus)):
-            if left := ", ".join(models[begun:]):
-                print(f"Not begun: {left}. Train them alone, then --compare {printable(folder)}.")
-            return
+    for model, each in folders.items():
+        train(Training(argparse.Namespace(**vars(options) | {"model": model}), each, corpus))
     if len(models) > 1 and not RANK:
-        compare(folder, comparable([folder]), corpus)
-
-
-def options_of(checkpoint: dict, options) -> argparse.Namespace:
-    """The options that a run was trained with; --data and --epochs may be given anew."""
-    anew = {name: getattr(options, name) for name in ("data", "epochs") if getattr(options, name)}
-    return argparse.Namespace(**vars(options) | checkpoint["options"] | anew)
+        options.compare = [folder]
+        compare(options)
 
 
 def resume(options) -> None:
@@ -1119,13 +1055,10 @@ def resume(options) -> None:
         options = options_of(checkpoint, options)
         training = Training(options, file.parent, load_corpus(options))
         training.restore(checkpoint)
-    if training.progress.epoch < options.epochs:
-        print(f"going on after step {training.progress.step:,}")
-        train(training)
-    else:
-        print(f"This run has finished its {training.progress.epoch} epochs. Train it further, or look at it:")
-        further = f"python tp5.py --epochs {training.progress.epoch + 3} --resume"
-        say_next((further, file.parent), ("tensorboard --logdir", file.parent.parent))
+    if training.progress.epoch >= options.epochs:
+        raise LabError(f"this run has finished its {options.epochs} epochs: give more by --epochs N")
+    print(f"going on after step {training.progress.step:,}")
+    train(training)
 
 
 def look(options) -> None:
@@ -1137,17 +1070,6 @@ def look(options) -> None:
     look_inside(file.parent, load_corpus(options_of(load_checkpoint(file), options)), text)
     print(f"Their picture is 3_units/look of {printable(file.parent)}.")
     say_next(("tensorboard --logdir", file.parent.parent))
-
-
-def compare_runs(options) -> None:
-    """Compare the runs that the options name."""
-    folders = [Path(folder).absolute() for folder in options.compare]
-    checkpoints = comparable(folders)
-    checkpoint = next(iter(checkpoints.values()))
-    corpus = load_corpus(options_of(checkpoint, options))
-    if corpus.sha256 != checkpoint["sha256"]:
-        raise LabError("the runs were trained on another text: name it with --data")
-    compare(folders[0] if len(folders) == 1 else folders[0].parent, checkpoints, corpus)
 
 
 def main() -> None:
@@ -1171,7 +1093,7 @@ def main() -> None:
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
-    commands = {"compare": compare_runs, "look": look, "resume": resume, None: train_new}
+    commands = {"compare": compare, "look": look, "resume": resume, None: train_new}
     with redirect_stdout(None if RANK else sys.stdout):
         commands[mode](options)
     if WORLD > 1:

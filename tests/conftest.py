@@ -3,7 +3,6 @@
 import io
 import os
 import random
-import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -56,7 +55,6 @@ def here(script: str, *arguments) -> subprocess.CompletedProcess:
     """`command` without the seconds that a new process takes: the script's main and guard in this one."""
     main = {"tp5.py": tp5, "generate.py": generate, "textloader.py": textloader}[script].main
     output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     arguments, code = [script, *map(str, arguments)], 0
     with patch.object(sys, "argv", arguments), redirect_stdout(output), redirect_stderr(errors):
         try:
@@ -66,8 +64,6 @@ def here(script: str, *arguments) -> subprocess.CompletedProcess:
             if isinstance(code, str):
                 print(code, file=errors)
                 code = 1
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     printed = (stream.buffer.getvalue().decode() for stream in (output, errors) if not stream.flush())
     return subprocess.CompletedProcess(arguments, code, *printed)
 

@@ -103,10 +103,10 @@ def named_units(folder: Path, events: EventAccumulator):
     """The LSTM's units that follow the text, on a validation sentence of about 40 characters."""
     checkpoint = tp5.load_checkpoint(folder / "best.pt")
     with contextlib.redirect_stdout(None):
-        valid = tp5.load_corpus(argparse.Namespace(**checkpoint["options"])).valid
+        valid = tp5.load_corpus(checkpoint.options).valid
     held_out = [valid.dataset.sentences[i] for i in valid.indices]
     text = min(held_out, key=lambda sentence: abs(len(sentence) - 40))
-    values = tp5.activations(tp5.model_of(checkpoint), pad_collate_fn([string2code(text)]))
+    values = tp5.activations(checkpoint.model, pad_collate_fn([string2code(text)]))
     written, rows = events.Tensors("units/text_summary")[0].tensor_proto.string_val[0].decode(), {}
     for row in rows_of(written):
         gate, number = row["unit"].split()

@@ -126,11 +126,11 @@ def test_trace_has_a_line_for_each_symbol(runs, written):
         ("--beam 2 -n 3", "-n 3"),
         ("--greedy --sample", "--greedy"),
         ("--greedy -n 2", "-n"),
-        ("--greedy --temperature 1", "--temperature: --greedy"),
+        ("--greedy --temperature 2", "--temperature: --greedy"),
         ("--exact --budget 0", "--budget"),
         ("--beam 3 --budget 9", "--budget: --beam"),
         ("--sample --min-length 3", "--min-length"),
-        ("--checkpoint=", "empty"),
+        ("-n 2", "-n: needs a decoder"),
     ],
 )
 def test_bad_options(arguments, words):

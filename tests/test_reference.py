@@ -35,19 +35,19 @@ def decoded(run: str, decoder: str) -> dict[str, float]:
 
 
 def best_nats(cell: str) -> float:
-    return tp5.load_checkpoint(REFERENCE / cell / "best.pt")["progress"]["best_loss"]
+    return tp5.load_checkpoint(REFERENCE / cell / "best.pt").progress.best_loss
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_validation_loss_is_computed_again(cell):
     checkpoint = tp5.load_checkpoint(REFERENCE / cell / "best.pt")
-    options = tp5.argparse.Namespace(**checkpoint["options"])
+    options = checkpoint.options
     given = tp5.command_parser().parse_args([])  # the documented command has the defaults
-    for name, value in checkpoint["options"].items():
-        assert getattr(given, name) in (value, None) and (name != "data" or value is None)
+    for name, value in vars(options).items():
+        assert name == "model" or (getattr(given, name) in (value, None) and (name != "data" or value is None))
     corpus = tp5.load_corpus(options)
-    assert corpus.sha256 == checkpoint["sha256"]
-    nats = tp5.evaluate(tp5.model_of(checkpoint), tp5.batches(corpus.valid, options), "cpu")
+    assert corpus.sha256 == checkpoint.sha256
+    nats = tp5.evaluate(checkpoint.model, tp5.batches(corpus.valid, options), "cpu")
     assert nats == pytest.approx(best_nats(cell), abs=1e-4)
     assert f"{nats:.3f}" in next(row for row in rows(README) if row[0] == cell and len(row) == 6)
 
@@ -127,7 +127,7 @@ def test_a_cell_of_ones_own_trains(tmp_path):
 def test_they_are_small_and_without_optimiser():
     files = [path for path in REFERENCE.glob("**/*") if path.is_file() and path.name != "last.pt"]
     assert sum(path.stat().st_size for path in files) < 15e6
-    assert all(tp5.load_checkpoint(REFERENCE / cell / "best.pt")["optimizer"] is None for cell in CELLS)
+    assert all(tp5.load_checkpoint(REFERENCE / cell / "best.pt").optimizer is None for cell in CELLS)
 
 
 def test_the_users_own_run_speaks_first(tmp_path, monkeypatch):

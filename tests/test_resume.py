@@ -27,8 +27,8 @@ def same(left, right) -> bool:
 
 def content(path) -> dict:
     """A checkpoint without its wall-clock figures."""
-    checkpoint = load_checkpoint(path)
-    del checkpoint["progress"]["seconds"], checkpoint["progress"]["seconds_before"]
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["progress"]["seconds"]
     return checkpoint
 
 
@@ -69,33 +69,31 @@ def killed(folder, options, kills: int, seed: int) -> tuple[int, int]:
     return met, saving
 
 
-def interrupted(folder, number) -> None:
-    """Let a run go on and stop it by a signal: it saves within the epoch, and says how to go on."""
+def interrupted(folder) -> None:
+    """Let a run go on and stop it by Ctrl-C after it has saved within an epoch: it says how to go on."""
     last, process = folder / "last.pt", start("tp5.py", "--resume", folder, "--save-every", "0.02")
     for _ in range(2):  # the first may be that of a run that begins anew
         before = last.stat().st_mtime_ns
         wait_until(lambda: last.stat().st_mtime_ns != before, process)  # noqa: B023
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     found = ended(process)
-    assert found.returncode == 0 and found.stderr == "", found.stderr
-    assert "Stopped and saved" in found.stdout and f"--resume {folder}\n" in found.stdout
+    assert found.returncode == 130 and found.stderr == "", found.stderr
+    assert f"--resume {folder}\n" in found.stdout
 
 
 @pytest.mark.parametrize(
     ("kills", "epochs"), [(1, 3), pytest.param(20, 12, marks=pytest.mark.slow)], ids=["1 kill", "20 kills"]
 )
 def test_killed_and_resumed_is_the_same_run(small, tmp_path, kills, epochs):
-    """Killed, then stopped by Ctrl-C and by SIGTERM, then let to its end."""
+    """Killed, then stopped by Ctrl-C, then let to its end."""
     options = (*small, *MODEL, "--epochs", epochs)
     assert here("tp5.py", "--run", tmp_path / "whole", *options, "--save-every", 0).returncode == 0
     met, saving = killed(tmp_path / "killed", options, kills, seed=kills)
     assert met >= kills * 2 / 3 and saving >= kills // 8
-    step = load_checkpoint(tmp_path / "killed" / "last.pt")["progress"]["step"]
-    interrupted(tmp_path / "killed", signal.SIGTERM)
-    if kills > 1:
-        interrupted(tmp_path / "killed", signal.SIGINT)
-    stopped = load_checkpoint(tmp_path / "killed" / "last.pt")["progress"]
-    assert stopped["step"] > step and stopped["epoch"] < epochs
+    step = load_checkpoint(tmp_path / "killed" / "last.pt").progress.step
+    interrupted(tmp_path / "killed")
+    stopped = load_checkpoint(tmp_path / "killed" / "last.pt").progress
+    assert stopped.step > step and stopped.epoch < epochs
     found = here("tp5.py", "--resume", tmp_path / "killed")
     assert found.returncode == 0 and "going on" in found.stdout, found.stderr
     for name in ("last.pt", "best.pt"):
