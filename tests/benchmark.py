@@ -41,7 +41,7 @@ from tp5 import CharModel, maskedCrossEntropy  # noqa: E402
 
 TORCH_CELLS, LIBRARIES = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}, ("ours", "torch")
 T, E, H, V = 60, 128, 256, len(id2lettre)  # T as of an average batch; E and H are the defaults
-B = tp5.DEFAULTS["muon"]["batch_size"]
+B = tp5.BATCH_SIZE["muon"]
 
 
 def alternate(calls: dict, rounds: int = 15) -> dict:
@@ -92,9 +92,9 @@ def default_training(*arguments: str):
     """A default run of the LSTM before its first step, in a folder that goes away; says nothing."""
     options = tp5.command_parser().parse_args(["--device", "cpu", *arguments])
     options.model, options.epochs = "lstm", tp5.EPOCHS
-    vars(options).update(tp5.DEFAULTS[options.optimizer])
+    options.lr, options.batch_size = tp5.LR[options.optimizer], tp5.BATCH_SIZE[options.optimizer]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        training = tp5.Training(options, Path(folder), tp5.load_corpus(options))
+        training = tp5.Training(options, Path(folder), *tp5.load_corpus(options))
         training.writer = tp5.event_writer(training.folder)
         yield training
         training.writer.close()
@@ -110,7 +110,9 @@ def training_step(cell: str, size: int, hidden: int = H, *, library="ours", opti
     if library == "torch":
         model.rnn = TORCH_CELLS[cell](E, hidden)
     parameters = [*model.parameters()]
-    optimizer = tp5.make_optimizer(model, argparse.Namespace(optimizer=optimizer, lr=1e-3))
+    matrices = [model.rnn.input_weight, model.rnn.hidden_weight] if optimizer == "muon" else []
+    others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
+    optimizer = tp5.Muon(matrices, others, lr=1e-3)
     batch = torch.randint(EOS_IX + 1, V, (T, size))
     gradients = torch.autograd.grad(maskedCrossEntropy(model(batch), batch, PAD_IX), parameters)
 
@@ -141,19 +143,18 @@ def step(corpora: list[Path]) -> None:
 
     shares, rows = [], []
     for cell in TORCH_CELLS:
-        pairs = {name: training_step(cell, defaults["batch_size"], optimizer=name)
-                 for name, defaults in tp5.DEFAULTS.items()}  # fmt: skip
+        pairs = {name: training_step(cell, size, optimizer=name) for name, size in tp5.BATCH_SIZE.items()}
         steps, updates = (alternate({name: pair[i] for name, pair in pairs.items()}) for i in (0, 1))
         for name, ms in steps.items():
             share = {"step, ms": ms, "optimiser, ms": updates[name], "share": updates[name] / ms}
-            shares.append({"what": f"{cell}, {name}, B {tp5.DEFAULTS[name]['batch_size']}", **share})
+            shares.append({"what": f"{cell}, {name}, B {tp5.BATCH_SIZE[name]}", **share})
         rows.append(beside(cell, "ms", updates["muon"], updates["adamw"]))
     show(f"step: the optimiser's share, H {H}", shares)
     show(f"step: our Muon beside torch.optim.AdamW, H {H}", rows)
 
 
 def threads(corpora: list[Path]) -> None:
-    """A default training step by threads; the default of --threads is PyTorch's, one a core."""
+    """A default training step by threads; PyTorch's default is one a core."""
     rows, cores = [], torch.get_num_threads()
 
     def with_threads(n: int, train) -> None:
@@ -201,7 +202,7 @@ def decode(corpora: list[Path]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         python(ROOT / "tp5.py", "--run", folder, "--maxsent", 3000, "--epochs", 2)
-        model = tp5.load_model(Path(folder) / "best.pt")
+        model = tp5.load_checkpoint(Path(folder) / "best.pt").model
         parts, limits = (model.rnn, model.emb, model.decoder, EOS_IX), dict(budget=50_000, min_length=20)
         exact = partial(generate_exact, *parts, **limits)
         write = partial(python, ROOT / "generate.py", "--beam", 5, "--checkpoint", folder)
@@ -311,7 +312,7 @@ def load(corpora: list[Path], megabytes: int = 40) -> None:
 def quality(corpora: list[Path]) -> None:
     """Validation nats against seconds of training, after each epoch of the default command, by optimiser."""
     rows = []
-    for path, optimizer in itertools.product(corpora, tp5.DEFAULTS):
+    for path, optimizer in itertools.product(corpora, tp5.LR):
         with tempfile.TemporaryDirectory() as folder:
             output = python(ROOT / "tp5.py", "--data", path, "--run", folder, "--optimizer", optimizer)
         for epoch, (nats, _, seconds) in enumerate(epochs_of(output), start=1):
@@ -327,22 +328,20 @@ def record(corpora: list[Path]) -> None:
     with default_training() as training:
         options, steps = training.options, training.steps
         scalars, histograms = (steps / every for every in (options.scalars_every, options.histograms_every))
-        batches = list(itertools.islice(tp5.batches(training.corpus.train, options, epoch=0), 20))
+        batches = list(itertools.islice(tp5.batches(training.train, options, epoch=0), 20))
 
-        def train(histograms_every: int) -> None:
-            options.histograms_every = histograms_every
+        def train(scalars_every: int, histograms_every: int) -> None:
+            options.scalars_every, options.histograms_every = scalars_every, histograms_every
             for batch in batches:
                 training.train_step(batch)
 
-        def write_scalars() -> None:
-            training.progress.recent_symbols = 1
-            training.write_scalars(1.0)
-
-        off, on = (ms / len(batches) for ms in alternate({n: partial(train, n) for n in (0, 1)}, 3).values())
-        one = alternate({"scalars": write_scalars}, 101)["scalars"]
+        which = {"off": (0, 0), "scalars": (1, 0), "histograms": (0, 1)}
+        ms = alternate({name: partial(train, *every) for name, every in which.items()}, 3)
+        off, one, on = (each / len(batches) for each in ms.values())
         training.save("best.pt")
-        look = alternate({"look": partial(tp5.look_inside, training.folder, training.corpus)}, 1)["look"]
-    costs = {"scalars": scalars * one, "histograms": histograms * (on - off)}
+        best = tp5.load_checkpoint(training.folder / "best.pt")
+        look = alternate({"look": partial(tp5.look_inside, training.folder, best, training.valid)}, 1)["look"]
+    costs = {"scalars": scalars * (one - off), "histograms": histograms * (on - off)}
     costs["look inside"] = look
     costs["together"] = sum(costs.values())
     rows = [{"what": what, "s": ms / 1000, "share": ms / (steps * off)} for what, ms in costs.items()]
@@ -352,7 +351,7 @@ def record(corpora: list[Path]) -> None:
 def resume(corpora: list[Path]) -> None:
     """What a save of the default model costs, flushed to disk, and a checked load."""
     with default_training("--maxsent", "1000") as training:
-        training.train_step(next(iter(tp5.batches(training.corpus.train, training.options, epoch=0))))
+        training.train_step(next(iter(tp5.batches(training.train, training.options, epoch=0))))
         last, plain = training.folder / "last.pt", training.folder / "plain.pt"
         training.save("last.pt")
         checkpoint = torch.load(last, weights_only=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.lines import Line2D
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -103,10 +104,12 @@ def named_units(folder: Path, events: EventAccumulator):
     """The LSTM's units that follow the text, on a validation sentence of about 40 characters."""
     checkpoint = tp5.load_checkpoint(folder / "best.pt")
     with contextlib.redirect_stdout(None):
-        valid = tp5.load_corpus(checkpoint.options).valid
-    held_out = [valid.dataset.sentences[i] for i in valid.indices]
-    text = min(held_out, key=lambda sentence: abs(len(sentence) - 40))
-    values = tp5.activations(checkpoint.model, pad_collate_fn([string2code(text)]))
+        _, valid = tp5.load_corpus(checkpoint.options)
+    text = min(valid.sentences, key=lambda sentence: abs(len(sentence) - 40))
+    record = {}
+    with torch.no_grad():
+        checkpoint.model(pad_collate_fn([string2code(text)]), record)
+    values = {gate: torch.cat(steps) for gate, steps in record.items()}
     written, rows = events.Tensors("units/text_summary")[0].tensor_proto.string_val[0].decode(), {}
     for row in rows_of(written):
         gate, number = row["unit"].split()

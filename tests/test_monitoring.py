@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 import shutil
 
 import numpy as np
@@ -15,7 +14,7 @@ from test_commands import valid_split
 
 import tp5
 from textloader import EOS_IX, PAD_IX, TextDataset, pad_collate_fn, read_text, string2code
-from tp5 import CharModel, Unit, copied, features, gradient_flow, load_checkpoint, load_model, named_units, picture
+from tp5 import CharModel, Unit, features, gradient_flow, load_checkpoint, measures, named_units, picture
 
 TEXTS = ["The end of it all.", "It is.", 'So I said "no, never" to Bob.', "A b c d e f g h."]
 GATES = {"rnn": ["h"], "gru": ["z", "r", "candidate", "h"], "lstm": ["f", "i", "candidate", "o", "C", "h"]}
@@ -152,11 +151,11 @@ def test_copied_shares_are_those_of_plain_search():
     corpus = "We the people of the United States.\nThe people hold the power here today."
     groups = ["the people of the world", "We the xyz"], ["", "it"], [corpus[:35]]
     for texts in groups:
-        found = copied(texts, corpus)
+        found = measures(texts, corpus)
         for n in (16, 32):
             pieces = [text[i : i + n] for text in texts for i in range(len(text)) if len(text[i : i + n]) == n]
             assert found[f"copied {n}"] == pytest.approx(sum(p in corpus for p in pieces) / max(len(pieces), 1))
-    words = [copied(texts, corpus)["known"] for texts in groups]
+    words = [measures(texts, corpus)["known"] for texts in groups]
     assert words == [6 / 8, 0, 1]  # all but "world" and "xyz"
 
 
@@ -169,7 +168,7 @@ def test_tensorboard_reads_every_tag(runs, cell):
         steps = [point.step for point in points]
         assert steps == sorted(set(steps)) and len(steps) >= 2, words
     assert sorted(tags["scalars"])[0].startswith("1_loss/")  # what opens first
-    names = [name for name, _ in load_model(runs / cell / "best.pt").named_parameters()]
+    names = [name for name, _ in load_checkpoint(runs / cell / "best.pt").model.named_parameters()]
     found = sorted(tag.partition("/")[2] for tag in tags["histograms"])
     assert found == sorted([*names, *names, *(f"{cell}_{gate}" for gate in GATES[cell])])
     validation = events.Scalars(one_tag([t for t in tags["scalars"] if "bits" not in t], "loss/validation"))
@@ -186,7 +185,8 @@ def test_tensorboard_reads_every_tag(runs, cell):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_flow_curves_are_log10_over_lags(runs, small, cell):
-    events, valid, model = (events_of(runs / cell), list(valid_split(small)), load_model(runs / cell / "best.pt"))
+    events, valid = events_of(runs / cell), list(valid_split(small))
+    model = load_checkpoint(runs / cell / "best.pt").model
     curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if "gradient_flow" in tag}
     assert len(curves) == 2 * len(model.rnn.states)
     longest = sorted(valid, key=lambda sentence: -len(sentence))[:64]
@@ -281,7 +281,7 @@ def test_of_runs_that_do_not_fit_those_that_do_are_named(runs, tmp_path):
         torch.save(checkpoint, tmp_path / name / "best.pt")
     found = here("tp5.py", "--compare", tmp_path / "a", tmp_path / "b", tmp_path / "c")
     refused(found, "same sentences")
-    assert re.search(r"\ba(, | and )c\b", found.stderr) and re.search(r"\bb$|\bb;", found.stderr.strip())
+    assert "['a', 'c'], ['b']" in found.stderr
     (tmp_path / "corpus.txt").write_text("It is. Or not. Who knows?", encoding="utf-8")
     found = here("tp5.py", "--compare", runs, "--data", tmp_path / "corpus.txt")
     assert found.returncode == 1 and "--data" in found.stderr

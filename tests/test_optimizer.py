@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tp5
 from tp5 import Muon, orthogonal
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # the coefficients of torch.optim.Muon
@@ -41,11 +42,12 @@ def test_gradients_of_nothing_and_of_other_sizes():
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (32, 64), (48, 48)])
-def test_equals_torch_muon_to_bfloat16(shape):
+def test_equals_torch_muon_to_bfloat16(shape, monkeypatch):
     """The same gradients, with torch's coefficients: torch's works in bfloat16, so to its precision."""
     ours, theirs = (torch.nn.Parameter(matrix(*shape)[0].clone()) for _ in range(2))
     other = torch.nn.Parameter(torch.ones(3))
-    optimizer = Muon([ours], [other], lr=0.05, decay=0.1, quintics=JORDAN)
+    monkeypatch.setattr(tp5, "QUINTICS", JORDAN)
+    optimizer = Muon([ours], [other], lr=0.05)
     peer = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, momentum=0.95, nesterov=True, eps=1e-7)
     for seed in range(4):
         gradient = matrix(*shape, 5.0, seed)[0]
