@@ -77,7 +77,8 @@ class Predictor:
 
     def __init__(self, rnn, emb, decoder, *, temperature=1.0, top_k=None, alpha=1.0):
         if not 0 < temperature < math.inf or (top_k is not None and top_k < 1):
-            raise LabError(f"temperature is {temperature} and top_k {top_k}, both must be above 0")
+            what = "temperature must be above 0 and finite, top_k at least 1"
+            raise LabError(f"{what}: they are {temperature} and {top_k}")
         self.rnn, self.emb, self.decoder, self.device = rnn, emb, decoder, emb.weight.device
         self.temperature, self.top_k, self.alpha = temperature, top_k, alpha
         self.nucleus = p_nucleus(nn.Identity(), alpha)
@@ -234,11 +235,11 @@ def search_error(rnn, emb, decoder, eos, k, codes, start="", maxlen=MAXLEN, *, m
 
 @torch.inference_mode()
 def generate_exact(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, budget=BUDGET, min_length=0, **warp):
-    """The likeliest sentence of at most `maxlen` symbols, proved (branch and bound): a list of one, or none.
+    """The likeliest sentence of at most `maxlen` symbols (branch and bound): a list of one, or none.
 
     A prefix is read only while it scores above the best sentence known, at first a beam's. The frontier is
     a heap of batches of children, the one with the likeliest child first. After `budget` prefixes the
-    search gives up; `gap` then says how much better the optimum may be.
+    search gives up; `gap` then says how much better the optimum may be, and 0 is a proof.
     """
     predictor, parts = Predictor(rnn, emb, decoder, **warp), (rnn, emb, decoder, eos)
     by_beam = generate_beam(*parts, SEED_BEAM, start, maxlen, n=1, min_length=min_length, **warp)

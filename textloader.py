@@ -37,7 +37,7 @@ TYPOGRAPHY = str.maketrans({
     **dict.fromkeys("—―", "--"),
     **{"…": "...", "œ": "oe", "Œ": "OE", "æ": "ae", "Æ": "AE"},
 })  # fmt: skip
-FRENCH_QUOTES = re.compile(r"(?<!\S)«\s+|(?<!\s)\s+»(?!\w)")  # with the spaces inside them: « non »
+FRENCH_QUOTES = re.compile(r"(?<![^\s('’])«\s+|(?<!\s)\s+»(?!\w)")  # with the spaces inside them: « non »
 ACCENTS = re.compile("[\u0300-\u036f]")
 OTHER = re.compile(f"[^{re.escape(LETTRES)}]")
 SENTENCE_END = re.compile(r"""([.!?]["')\]}]*) """)  # before a space only: "3.5" ends nothing

@@ -87,8 +87,8 @@ class Cell(nn.Module):
             zeros = projected.new_zeros(projected.shape[1], self.hidden_size)
             state = (zeros,) * len(self.states) if len(self.states) > 1 else zeros
         outputs = []
-        for of_step in projected.unbind():
-            state = self.one_step(of_step, state)
+        for projected_t in projected.unbind():
+            state = self.one_step(projected_t, state)
             parts = state if isinstance(state, tuple) else (state,)
             self.keep(**dict(zip(self.states, parts, strict=True)))
             outputs.append(parts[0])  # h
@@ -164,7 +164,7 @@ CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
 
 
 class CharModel(nn.Module):
-    """Question 4: embedding, cell, linear decoder to logits. `rnn` may be one that calls like torch.nn's."""
+    """Question 4: embedding, cell, linear decoder to logits. `rnn` may be replaced by one of torch.nn's."""
 
     def __init__(self, cell: str, embedding_size: int, hidden_size: int):
         super().__init__()
@@ -240,7 +240,7 @@ def schedule(step: int, steps: int) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
-# ------------------------------------------------------------------------------------------ corpus
+# ---------------------------------------------------------------------------- processes, corpus
 
 # torchrun starts WORLD processes, each for its shard of every batch; number 0 alone prints and writes.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -405,13 +405,17 @@ def load_checkpoint(file: Path) -> Checkpoint:
         return Checkpoint(options, content["sha256"], model.eval(), content["moments"], progress)
 
 
-MAY_CHANGE = ("data", "epochs", "device", "save_every")  # of a run's options, by --resume
+MAY_CHANGE = ("data", "epochs", "device")  # of a run's options, by --resume
 
 
-def options_of(checkpoint: Checkpoint, options) -> argparse.Namespace:
-    """The options that a run was trained with, but for those of MAY_CHANGE that have a value now."""
+def trained_on(checkpoint: Checkpoint, options) -> tuple[argparse.Namespace, TextDataset, TextDataset]:
+    """A run's options, MAY_CHANGE as they are given now, and its sentences to train on and to validate."""
     anew = {name: getattr(options, name) for name in MAY_CHANGE if getattr(options, name) is not None}
-    return argparse.Namespace(**vars(checkpoint.options) | anew)
+    options = argparse.Namespace(**vars(checkpoint.options) | anew)
+    train, valid = load_corpus(options)
+    if train.sha256 != checkpoint.sha256:
+        raise LabError("this run was trained on another text: name it with --data")
+    return options, train, valid
 
 
 # ----------------------------------------------------------------------------- a trained model, inside
@@ -558,9 +562,7 @@ def look_inside(folder: Path, checkpoint: Checkpoint, valid: TextDataset, text: 
                 for lag, norm in enumerate(norms.clamp(min=1e-30).log10().tolist()):
                     writer.add_scalar(f"2_gradient_flow/log10_{state}_{when}", norm, lag)
     before, after = flows["at_start"]["h"], flows["trained"]["h"]
-    print(
-        f"Gradient {len(after) - 1} characters back: {before[-1]:.1e} at the start, {after[-1]:.1e} trained."
-    )
+    print(f"Gradient {len(after) - 1} characters back: {before[-1]:.1e} at start, {after[-1]:.1e} trained.")
 
 
 # --------------------------------------------------------------------------------------- training
@@ -652,39 +654,34 @@ class Training:
                     saved = time.monotonic()
 
     def end_epoch(self) -> None:
-        """Validate, show the epoch's losses, save: `best.pt` if it is the best so far, `last.pt` always."""
-        progress = self.progress
+        """Validate, show losses and samples, here and in TensorBoard; save `last.pt`, a better `best.pt`."""
+        progress, step = self.progress, self.progress.step - 1
         valid = evaluate(self.model, batches(self.valid, self.options), self.options.device)
         if not math.isfinite(valid):  # the last good checkpoint stays
             raise LabError("the validation loss is not finite: train anew with a smaller --lr")
         progress.train_loss = progress.nats / max(progress.symbols, 1)
         progress.nats, progress.symbols = 0.0, 0
         if not RANK:
-            self.report(valid)
+            epoch, bits, guess = step // self.epoch_steps, valid / math.log(2), math.log(len(id2lettre))
+            speed = f"{progress.step * self.mean_symbols / progress.seconds:,.0f} characters/s"
+            self.writer.add_scalar("1_loss/validation", valid, step)
+            self.writer.add_scalar("8_training/validation_bits_per_character", bits, step)
+            losses = f"training {progress.train_loss:.3f} nats, validation {valid:.3f} nats"
+            print(f"epoch {epoch + 1}/{self.options.epochs}: {losses}")
+            print(f"  {bits:.3f} bits per character, {speed}, {progress.seconds:.1f} s of training")
+            if progress.skipped:
+                print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
+            if valid > guess:
+                print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
+            width = max(20, shutil.get_terminal_size().columns - 16)
+            for decoder, h in samples(self.model, "", self.options.seed + epoch).items():
+                text = h.text + ("" if h.ended else " …")
+                self.writer.add_text(f"samples/{decoder}", f"    {text}", step)  # indented: a code block
+                print(f"  {decoder:12s}  {textwrap.shorten(text, width, placeholder='…')}")
         if valid < progress.best_loss:
             progress.best_loss = valid
             self.save("best.pt")
         self.save("last.pt")
-
-    def report(self, valid: float) -> None:
-        """Show, here and in TensorBoard, the losses of the epoch just done and what the model writes."""
-        progress, step = self.progress, self.progress.step - 1
-        epoch, bits, guess = step // self.epoch_steps, valid / math.log(2), math.log(len(id2lettre))
-        speed = f"{progress.step * self.mean_symbols / progress.seconds:,.0f} characters/s"
-        self.writer.add_scalar("1_loss/validation", valid, step)
-        self.writer.add_scalar("8_training/validation_bits_per_character", bits, step)
-        losses = f"training {progress.train_loss:.3f} nats, validation {valid:.3f} nats"
-        print(f"epoch {epoch + 1}/{self.options.epochs}: {losses}")
-        print(f"  {bits:.3f} bits per character, {speed}, {progress.seconds:.1f} s of training")
-        if progress.skipped:
-            print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
-        if valid > guess:
-            print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
-        width = max(20, shutil.get_terminal_size().columns - 16)
-        for decoder, h in samples(self.model, "", self.options.seed + epoch).items():
-            text = h.text + ("" if h.ended else " …")
-            self.writer.add_text(f"samples/{decoder}", f"    {text}", step)  # indented: a code block
-            print(f"  {decoder:12s}  {textwrap.shorten(text, width, placeholder='…')}")
 
     def run(self) -> None:
         """Train to the end, look inside, and say what comes next."""
@@ -705,8 +702,8 @@ class Training:
         if not RANK:
             self.writer.close()
             look_inside(folder, load_checkpoint(folder / "best.pt"), self.valid)
-        write = "python generate.py --beam 5 --checkpoint", folder
-        say_next(write, ("tensorboard --logdir", folder.parent))
+        decode = "python generate.py --beam 5 --checkpoint", folder
+        say_next(decode, ("tensorboard --logdir", folder.parent))
 
     def save(self, name: str) -> None:
         """Write beside, flush to disk, rename: the file is the old one or the new one, never a half.
@@ -736,15 +733,13 @@ class Training:
         """Take up the run where the checkpoint left it."""
         if checkpoint.moments is None:
             raise LabError("best.pt is for writing, it has no optimiser state: go on with last.pt")
-        if checkpoint.sha256 != self.train.sha256:
-            raise LabError("this run was trained on another text: name it with --data")
         if checkpoint.moments:  # none before the first step
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             self.optimizer.step()  # makes the moments, in the shapes of their parameters
             for moments, saved in zip(self.optimizer.state.values(), checkpoint.moments, strict=True):
                 for name, moment in moments.items():
-                    moment.copy_(saved[name])
+                    moment.copy_(saved[name].reshape_as(moment))
         self.model.load_state_dict(checkpoint.model.state_dict())
         self.progress = checkpoint.progress
 
@@ -796,10 +791,7 @@ def compare(options) -> None:
     folders = [Path(folder).absolute() for folder in options.compare]
     folder = folders[0] if len(folders) == 1 else folders[0].parent
     checkpoints = comparable(folders)
-    first = next(iter(checkpoints.values()))
-    train, valid = load_corpus(options_of(first, options))
-    if train.sha256 != first.sha256:
-        raise LabError("the runs were trained on another text: name it with --data")
+    _, train, valid = trained_on(next(iter(checkpoints.values())), options)
     losses, lags = [], []
     for name, checkpoint in checkpoints.items():
         progress, size = checkpoint.progress, sum(p.numel() for p in checkpoint.model.parameters())
@@ -865,8 +857,7 @@ def command_parser() -> argparse.ArgumentParser:
         help="where to compute (%(default)s here)")
     add("--scalars-every", type=whole, default=20, metavar="N", help="steps (%(default)s; 0: never)")
     add("--histograms-every", type=whole, default=50, metavar="N", help="steps (%(default)s; 0: never)")
-    add("--save-every", type=real, default=30, metavar="SECONDS",
-        help="save within an epoch (%(default)s; 0: never)")
+    add("--save-every", type=real, default=30, metavar="S", help="save after S seconds (%(default)s; 0: no)")
     folder("--run", metavar="FOLDER", help="where the run goes (runs/MODEL-DATE_TIME)")
     folder("--resume", nargs="?", const="", metavar="RUN",
            help="go on with a run (alone: the newest); with --epochs N, train a finished one further")
@@ -886,12 +877,12 @@ def train_new(options) -> None:
     options.batch_size = (options.batch_size or BATCH_SIZE[options.optimizer]) * WORLD
     corpus = load_corpus(options)
     for each in folders.values():
-        if not RANK and (each / "last.pt").exists():
+        if not RANK and any(each.glob("*.pt")):
             raise LabError(f"{each} holds a run already: go on with --resume, or choose another --run")
     for model, each in folders.items():
         Training(argparse.Namespace(**vars(options) | {"model": model}), each, *corpus).run()
     if len(models) > 1 and not RANK:
-        options.compare = [folder]
+        options.compare = folders.values()
         compare(options)
 
 
@@ -900,8 +891,8 @@ def resume(options) -> None:
     file = checkpoint_of(options.resume, "last.pt")
     checkpoint = load_checkpoint(file)
     with reading(file):
-        options = options_of(checkpoint, options)
-        training = Training(options, file.parent, *load_corpus(options))
+        options, train, valid = trained_on(checkpoint, options)
+        training = Training(options, file.parent, train, valid)
         training.restore(checkpoint)
     print(f"going on after step {training.progress.step:,}")
     training.run()
@@ -914,7 +905,7 @@ def look(options) -> None:
         raise LabError("--look: give a text of at most 1,000 characters")
     file = checkpoint_of(options.resume, "best.pt")
     checkpoint = load_checkpoint(file)
-    _, valid = load_corpus(options_of(checkpoint, options))
+    _, _, valid = trained_on(checkpoint, options)
     look_inside(file.parent, checkpoint, valid, text)
     print(f"Their picture is 3_units/look of {printable(file.parent)}.")
     say_next(("tensorboard --logdir", file.parent.parent))

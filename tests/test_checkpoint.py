@@ -201,7 +201,7 @@ CRAFTED = (  # these once crashed the process, hung it, or ended in a traceback
     *((("progress", name), value) for name, value in [("step", -1), ("step", 10**6), ("step", "x")]),
     *((("progress", name), None) for name in ("best_loss", "step", "skipped", "recent_nats", "seconds")),
     *((("moments", 0, "step"), value) for value in (torch.zeros(0), "x")),
-    *((("moments", 0), value) for value in ({}, None)),
+    *((("moments", 0), value) for value in ({}, None, {"step": torch.zeros(()), "momentum": torch.zeros(1)})),
     *((("moments",), value) for value in ([], [{}] * 20, {}, "x")),
 )
 

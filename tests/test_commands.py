@@ -52,6 +52,17 @@ def test_validation_loss_is_that_of_torch(runs, small, cell):
     assert nats / symbols == pytest.approx(best, rel=1e-5)
 
 
+def test_only_the_models_just_trained_are_compared(runs, small, tmp_path):
+    """Whatever else stands in the folder."""
+    checkpoint = torch.load(runs / "rnn" / "best.pt", weights_only=True)
+    checkpoint["options"]["seed"] = 1
+    (tmp_path / "stranger").mkdir()
+    torch.save(checkpoint, tmp_path / "stranger" / "best.pt")
+    found = here("tp5.py", "--model", "rnn", "gru", "--run", tmp_path, *small, "--epochs", 1)
+    assert found.returncode == 0 and found.stderr == "" and "stranger" not in found.stdout
+    assert (tmp_path / "comparison" / "comparison.md").exists()
+
+
 def test_same_seed_same_run(runs, small, tmp_path):
     """A run alone is bit for bit that among a comparison's, in another process."""
     assert here("tp5.py", "--model", "gru", "--run", tmp_path, *small).returncode == 0
@@ -180,10 +191,12 @@ def test_a_finished_run_goes_on_with_a_renamed_corpus(small, tmp_path):
     assert load_checkpoint(run / "last.pt").progress.step == 58
 
 
-def test_run_folders_are_not_overwritten(runs, small):
+def test_run_folders_are_not_overwritten(runs, small, tmp_path):
     before = (runs / "rnn" / "last.pt").read_bytes()
     refused(here("tp5.py", "--run", runs / "rnn", *small), "--resume")
     refused(here("tp5.py", "--model", "gru", "rnn", "--run", runs, *small), "--resume")  # before any training
+    (tmp_path / "best.pt").write_bytes((runs / "rnn" / "best.pt").read_bytes())
+    refused(here("tp5.py", "--run", tmp_path, *small), "another --run")
     assert (runs / "rnn" / "last.pt").read_bytes() == before
 
 

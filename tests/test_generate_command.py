@@ -92,6 +92,12 @@ def test_exact_search_says_where_a_beam_loses(runs, written, k):
         assert re.search(rf"a beam of {k} loses it at step {lost} \(.*\); one of [0-9]+ finds it", output)
 
 
+def test_a_cut_sentence_is_no_proof(written):
+    """Nothing ends within five symbols of the likeliest one each: a beam's prefix is shown for what it is."""
+    output = written("--exact", "--top-k", "1", "--maxlen", "5")
+    assert "cut at --maxlen" in output and "proved" not in output and "a beam" not in output
+
+
 def test_exact_search_out_of_budget_says_how_far_it_may_be(written):
     output = written("--exact", "--min-length", "30", "--budget", "20")
     assert re.search(r"another may be up to [\d.]+ nats likelier", output)

@@ -26,6 +26,21 @@ def parts_of(state):
 # ------------------------------------------------------------------------------------------- loss
 
 
+def test_a_cell_that_keeps_nothing_still_shows_its_states():
+    """A student's cell needs `gates` and `one_step` alone."""
+
+    class Plain(Cell):
+        gates = ("h",)
+
+        def one_step(self, projected, h):
+            return torch.tanh(projected + h @ self.hidden_weight.T)
+
+    model, record = CharModel("rnn", 3, 4), {}
+    model.rnn = Plain(3, 4)
+    model(torch.full((5, 2), 7), record)
+    assert list(record) == ["h"] and [h.shape for h in record["h"]] == [(2, 4)] * 5
+
+
 def test_loss_is_cross_entropy_that_ignores_blank():
     """Divided by the real symbols of the whole batch: neither the mean of columns nor of all positions."""
     torch.manual_seed(0)

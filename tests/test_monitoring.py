@@ -300,6 +300,9 @@ def test_look_at_a_trained_run(runs, tmp_path):
         (image,) = events.Images(one_tag(events.Tags()["images"], "units"))
         sizes.append((image.width, image.height))
     assert min(min(sizes)) > 20
+    (tmp_path / "other.txt").write_text("Yes. We. Can. " * 20, encoding="utf-8")
+    found = here("tp5.py", "--resume", folder, "--look", "We met.", "--data", tmp_path / "other.txt")
+    assert found.returncode == 1 and "another text" in found.stderr
     assert [path.name for path in folder.glob("*.pt")] == ["best.pt"]
 
 

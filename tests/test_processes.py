@@ -111,7 +111,7 @@ def test_a_lost_process_ends_the_job_and_one_resumes(small, tmp_path):
     found = ended(job)
     assert found.returncode != 0
     before = load_checkpoint(folder / "last.pt").progress.step
-    alone = start("tp5.py", "--resume", folder, "--save-every", "0.05")
+    alone = start("tp5.py", "--resume", folder)
     saved_again(folder, alone)
     alone.send_signal(signal.SIGINT)
     assert ended(alone).returncode == 130

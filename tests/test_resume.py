@@ -54,8 +54,8 @@ def killed(folder, options, kills: int, seed: int) -> tuple[int, int]:
     last, half = folder / "last.pt", folder / "last.pt.half"
     for kill in range(1, kills + 1):
         before = last.stat().st_mtime_ns if last.exists() else 0
-        which = ("--resume", folder) if before else ("--run", folder, *options)
-        process = start("tp5.py", *which, "--save-every", "0.02")
+        which = ("--resume", folder) if before else ("--run", folder, *options, "--save-every", "0.02")
+        process = start("tp5.py", *which)
         if kill % 4:  # once it has saved, within an epoch
             wait_until(lambda: last.exists() and last.stat().st_mtime_ns != before, process)  # noqa: B023
             time.sleep(dice.uniform(0, 0.25))
@@ -73,7 +73,7 @@ def killed(folder, options, kills: int, seed: int) -> tuple[int, int]:
 
 def interrupted(folder) -> None:
     """Let a run go on and stop it by Ctrl-C after it has saved within an epoch: it says how to go on."""
-    last, process = folder / "last.pt", start("tp5.py", "--resume", folder, "--save-every", "0.02")
+    last, process = folder / "last.pt", start("tp5.py", "--resume", folder)
     for _ in range(2):  # the first may be that of a run that begins anew
         before = last.stat().st_mtime_ns
         wait_until(lambda: last.stat().st_mtime_ns != before, process)  # noqa: B023

@@ -39,6 +39,7 @@ def test_handouts_example():
         ("“Élan” — it’s… fine.", ['"Elan" -- it\'s...', "fine."]),
         ("Il dit : « Tu viens ? » Elle sourit.", ['Il dit : "Tu viens ?"', "Elle sourit."]),
         ("«\u202fNon.\u00a0» Et «\u00a0oui\u00a0», dit-il. «Là»", ['"Non."', 'Et "oui", dit-il.']),
+        ("L’« ami » (« oui »). »Wort!« dann.", ['L\'"ami" ("oui").', '"Wort!"', "dann."]),
         ("L'œuvre d'Œdipe. Cæsar.", ["L'oeuvre d'OEdipe.", "Caesar."]),
         ("no end", []),
         ("", []),
