@@ -12,6 +12,7 @@ Shapes: K beams or prefixes, H hidden, V symbols. Log-probabilities are in nats,
 import argparse
 import heapq
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -281,12 +282,11 @@ def number(kind, low, high):
     """An argparse type: an int or float from `low` to `high`."""
 
     def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: must be from {low:,} to {high:,}")
-        return value
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:,} to {high:,}")
 
-    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse: "invalid number value"
     return parse
 
 

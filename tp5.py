@@ -164,7 +164,7 @@ CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
 
 
 class CharModel(nn.Module):
-    """Question 4: embedding, cell, linear decoder to logits. `rnn` may be replaced by one of torch.nn's."""
+    """Question 4: embedding, cell, and a linear decoder from hidden state to logits."""
 
     def __init__(self, cell: str, embedding_size: int, hidden_size: int):
         super().__init__()
@@ -177,11 +177,8 @@ class CharModel(nn.Module):
         """Targets (T, B), each sentence closed by EOS → logits (T, B, V) that predict exactly those."""
         self.rnn.record = record  # a dict gets every gate and state by name, as a list of T tensors (B, H)
         inputs = F.pad(targets[:-1], (0, 0, 1, 0), value=EOS_IX)  # EOS opens
-        if isinstance(self.rnn, Cell):  # project each of the V symbols once, then look up
-            symbols = self.rnn.project(self.emb.weight)  # (V, G·H)
-            output, _ = self.rnn.unroll(F.embedding(inputs, symbols))  # (T, B, H)
-        else:
-            output, _ = self.rnn(self.emb(inputs))
+        symbols = self.rnn.project(self.emb.weight)  # (V, G·H): each of the V symbols once, then looked up
+        output, _ = self.rnn.unroll(F.embedding(inputs, symbols))  # (T, B, H)
         self.rnn.record = None  # what is recorded is this pass alone
         return self.decoder(output)
 
@@ -541,7 +538,7 @@ def picture(model, units: list[Unit], text: str, columns: int = 20):
 def look_inside(folder: Path, checkpoint: Checkpoint, valid: TextDataset, text: str = "") -> None:
     """Write and print what a trained model does: named units and gradient flow; or its units on `text`."""
     model, loader = checkpoint.model, batches(valid, checkpoint.options)
-    units = named_units(model, [*loader][:: math.ceil(len(loader) / 8)])  # eight batches, of all lengths
+    units = named_units(model, [*loader][:: math.ceil(len(loader) / 8)])  # at most eight, of all lengths
     rows = [{"unit": f"{u.gate} {u.number}", "follows": u.feature, "correlation": u.r} for u in units]
     found = table(rows) if rows else "none"
     print(f"Units of this {model.cell} that follow the text:\n{found}")

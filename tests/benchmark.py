@@ -39,7 +39,7 @@ from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, id2lettre  # noqa: E402
 from textloader import BucketSampler, TextDataset, pad_collate_fn, read_text  # noqa: E402
 from tp5 import CharModel, maskedCrossEntropy  # noqa: E402
 
-TORCH_CELLS, LIBRARIES = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}, ("ours", "torch")
+TORCH_CELLS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 T, E, H, V = 60, 128, 256, len(id2lettre)  # T as of an average batch; E and H are the defaults
 B = tp5.BATCH_SIZE["muon"]
 
@@ -103,12 +103,25 @@ def default_training(*arguments: str):
 # ------------------------------------------------------------------------------------------- step
 
 
+class TorchModel(CharModel):
+    """The same model around one of torch.nn's cells."""
+
+    def __init__(self, cell: str, embedding_size: int, hidden_size: int):
+        super().__init__(cell, embedding_size, hidden_size)
+        self.rnn = TORCH_CELLS[cell](embedding_size, hidden_size)
+
+    def forward(self, targets):
+        inputs = torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])
+        return self.decoder(self.rnn(self.emb(inputs))[0])
+
+
+MODELS = {"ours": CharModel, "torch": TorchModel}
+
+
 def training_step(cell: str, size: int, hidden: int = H, *, library="ours", optimizer="adamw"):
     """Two functions: a step of `CharModel` on a batch of T × size symbols, and the optimiser's part of it."""
     torch.manual_seed(0)
-    model = CharModel(cell, E, hidden)
-    if library == "torch":
-        model.rnn = TORCH_CELLS[cell](E, hidden)
+    model = MODELS[library](cell, E, hidden)
     parameters = [*model.parameters()]
     matrices = [model.rnn.input_weight, model.rnn.hidden_weight] if optimizer == "muon" else []
     others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
@@ -135,7 +148,7 @@ def step(corpora: list[Path]) -> None:
     rows = []
     for cell in TORCH_CELLS:
         for hidden, size in dict.fromkeys([(H, B), *itertools.product((128, 256, 512), (32, 64, 128))]):
-            steps = {library: training_step(cell, size, hidden, library=library)[0] for library in LIBRARIES}
+            steps = {library: training_step(cell, size, hidden, library=library)[0] for library in MODELS}
             ms = alternate(steps, 7 if hidden == 512 else 15)
             default = " (default)" if (hidden, size) == (H, B) else ""
             rows.append(beside(f"{cell}, B {size}, H {hidden}{default}", "ms", ms["ours"], ms["torch"]))
@@ -175,9 +188,7 @@ def threads(corpora: list[Path]) -> None:
 def never_ending(cell: str, library: str):
     """`(rnn, emb, decoder, eos)` of an untrained model of default size that never ends a sentence."""
     torch.manual_seed(0)
-    model = CharModel(cell, E, H)
-    if library == "torch":
-        model.rnn = TORCH_CELLS[cell](E, H)
+    model = MODELS[library](cell, E, H)
     with torch.no_grad():
         model.decoder.bias[EOS_IX] = -1e9
     return model.rnn, model.emb, model.decoder, EOS_IX
@@ -188,7 +199,7 @@ def decode(corpora: list[Path]) -> None:
     length, rows = 100, []
     for cell in TORCH_CELLS:
         calls = {}
-        for library in LIBRARIES:
+        for library in MODELS:
             parts = never_ending(cell, library)
             calls[library, "greedy"] = partial(generate, *parts, maxlen=length)
             for k in (1, 5, 50):

@@ -109,7 +109,7 @@ def test_exact_search_out_of_budget_says_how_far_it_may_be(written):
     [
         ("--beam 0", "--beam: from 1"),
         ("--nucleus 1.1", "--nucleus: to 1"),
-        ("--nucleus nan", "--nucleus: out of range"),
+        ("--nucleus nan", "--nucleus: no float"),
         ("--top-k 0", "--top-k: from 1"),
         ("--temperature -1", "--temperature: from 0"),
         ("--exact --maxlen 100000000000", "--maxlen: 10000"),
