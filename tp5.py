@@ -220,8 +220,9 @@ class Muon(torch.optim.AdamW):
         group = self.param_groups[1]
         for W in group["params"]:
             state = self.state[W]
-            state.setdefault("step", torch.zeros(()))  # AdamW asks each state for one when it is loaded
-            M = state.setdefault("momentum", torch.zeros_like(W)).lerp_(W.grad, 0.05)
+            if not state:  # AdamW asks every state that it loads for a "step"
+                state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(W)
+            M = state["momentum"].lerp_(W.grad, 0.05)
             update = orthogonal(W.grad.lerp(M, 0.95))
             W.mul_(1 - 0.1 * group["lr"])
             W.sub_(update, alpha=group["lr"] * max(1, W.shape[0] / W.shape[1]) ** 0.5)
@@ -381,7 +382,7 @@ def load_checkpoint(file: Path) -> Checkpoint:
     """Read a checkpoint without running anything in it; LabError if it is not one of ours."""
     with reading(file):
         with zipfile.ZipFile(file) as archive:  # compressed, a small file could fill the memory
-            if any(record.compress_type for record in archive.infolist()) or archive.testzip():
+            if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
                 raise ValueError("its records are compressed, or a checksum is wrong")
         content = torch.load(file, map_location="cpu", weights_only=True)
         if (content["format"], content["alphabet"]) != (FORMAT, LETTRES):

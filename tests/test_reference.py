@@ -86,7 +86,8 @@ def test_likelihood_is_not_quality():
         beam, sampled, nucleus = (decoded(cell, name) for name in ("beam", "sampled", "nucleus"))
         assert beam["length"] < corpus["length"] / 3
         assert sampled["known"] < nucleus["known"] < beam["known"]
-        assert abs(nucleus["known"] - corpus["known"]) < 0.06 and beam["copied 16"] > corpus["copied 16"]
+        assert abs(nucleus["known"] - corpus["known"]) < abs(sampled["known"] - corpus["known"]) / 3 < 0.07
+        assert beam["copied 16"] > corpus["copied 16"]
         assert max(decoded(cell, name)["copied 32"] for name in ("beam", "sampled", "nucleus")) < 0.01
 
 
