@@ -3,6 +3,8 @@
 text ─ normalize ─▶ sentences ─ TextDataset ─▶ codes ─ BucketSampler, pad_collate_fn ─▶ (T, B) batches
 
 python textloader.py [PATH]     # the handout's example, then what a corpus holds
+
+At the end stands what every command line of the lab shares.
 """
 
 import argparse
@@ -10,10 +12,12 @@ import copy
 import hashlib
 import os
 import re
+import shlex
 import string
 import sys
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 CORPUS = Path(__file__).parent / "data" / "speeches.txt"
+RUNS = Path(__file__).parent / "runs"
 
 # ---------------------------------------------------------------------------------------- symbols
 
@@ -104,7 +109,7 @@ class TextDataset(Dataset):
             sentences, rest = map(normalize, text.splitlines()), ""
         else:
             *sentences, rest = SENTENCE_END.sub(r"\1\n", cleaned + " ").split("\n")
-        sentences = [stripped for sentence in sentences if (stripped := sentence.strip())]
+        sentences = [sentence for sentence in map(str.strip, sentences) if sentence]
         short = [sentence for sentence in sentences if maxlen is None or len(sentence) <= maxlen]
         self.sentences = short[:maxsent]
         self.lengths = np.array([len(sentence) for sentence in self.sentences], dtype=np.int64)
@@ -118,11 +123,12 @@ class TextDataset(Dataset):
     def __getitem__(self, i: int) -> torch.Tensor:
         return torch.tensor([lettre2id[char] for char in self.sentences[i]])
 
-    def select(self, indices) -> "TextDataset":
+    def subset(self, indices) -> "TextDataset":
         """The sentences at `indices` as a dataset of their own."""
-        part = copy.copy(self)
-        part.sentences, part.lengths = [self.sentences[i] for i in indices], self.lengths[indices]
-        return part
+        chosen = copy.copy(self)
+        chosen.sentences = [self.sentences[i] for i in indices]
+        chosen.lengths = self.lengths[indices]
+        return chosen
 
     def left_out(self) -> str:
         """In words, what of the text is not in the sentences."""
@@ -132,7 +138,7 @@ class TextDataset(Dataset):
             "sentences beyond maxsent": self.beyond_maxsent,
             "characters after the last sentence end": self.unfinished,
         }
-        return ", ".join(f"{n:,} {what}" for what, n in counts.items() if n) or "nothing"
+        return ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count) or "nothing"
 
 
 def pad_collate_fn(samples: list[torch.Tensor]) -> torch.Tensor:
@@ -153,7 +159,10 @@ class BucketSampler(Sampler):
 
     def __init__(self, lengths, batch_size: int, *, shuffle: bool = True, seed: int = 0):
         self.lengths = np.asarray(lengths)
-        self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, seed, 0
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -163,7 +172,8 @@ class BucketSampler(Sampler):
 
     def __iter__(self):
         random = np.random.default_rng([self.seed, self.epoch])
-        sort_key, starts = self.lengths, np.arange(0, len(self.lengths), self.batch_size)
+        sort_key = self.lengths
+        starts = np.arange(0, len(self.lengths), self.batch_size)
         if self.shuffle:
             sort_key = sort_key * (1 + 0.02 * random.random(len(sort_key), dtype=np.float32))
             random.shuffle(starts)
@@ -172,10 +182,41 @@ class BucketSampler(Sampler):
             yield order[start : start + self.batch_size].tolist()
 
 
-# ----------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------- what all command lines share
+def in_range(kind, low, high):
+    """An argparse type: an int or float from `low` to `high`."""
+
+    def parse(text: str):
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:,} to {high:,}")
+
+    return parse
+
+
 def printable(text) -> str:
     """`text` as one line that is safe on a terminal."""
     return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def find_checkpoint(run: str | None, name: str) -> Path:
+    """The checkpoint `name` of a run; without `run` of the one saved last, else of the reference LSTM."""
+    if run:
+        return Path(run) / name if Path(run).is_dir() else Path(run)
+    reference = RUNS / "reference"
+    own = [file for file in RUNS.glob(f"**/{name}") if reference not in file.parents]
+    newest = max(own, key=lambda file: file.stat().st_mtime, default=reference / "lstm" / name)
+    if not newest.exists():
+        raise LabError(f"no run in {RUNS} yet: train one first with `python tp5.py --model lstm`")
+    return newest
+
+
+def say_next(*commands: tuple[str, Path]) -> None:
+    """Print the next commands, each with the folder that it ends in, ready to be pasted."""
+    print("Next:")
+    for command, folder in commands:
+        print(f"    {command} {shlex.quote(printable(folder))}")
 
 
 def guard(main) -> None:

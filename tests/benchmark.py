@@ -2,7 +2,7 @@
 
     python tests/benchmark.py                                 # everything, about 40 minutes
     python tests/benchmark.py --only decode --only step       # these points
-    python tests/benchmark.py --data campaign_speeches.txt    # a second corpus, where one matters
+    python tests/benchmark.py --data other.txt                # a second corpus, where one matters
 
 Each point prints tables of medians. A machine that slows down slows both sides of a row, so its last
 column, how many times as fast as the peer ours is, is what is worth quoting.
@@ -21,6 +21,7 @@ import tempfile
 import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -88,16 +89,12 @@ def epochs_of(output: str) -> list[tuple[float, float, float]]:
 
 
 @contextlib.contextmanager
-def default_training(*arguments: str):
-    """A default run of the LSTM before its first step, in a folder that goes away; says nothing."""
-    options = tp5.command_parser().parse_args(["--device", "cpu", *arguments])
-    options.model, options.epochs = "lstm", tp5.EPOCHS
-    options.lr, options.batch_size = tp5.LR[options.optimizer], tp5.BATCH_SIZE[options.optimizer]
+def default_run(*arguments: str):
+    """A default run of the LSTM before its first step, its sentences, a folder that goes away; says nothing."""
+    arguments = ["--device=cpu", *arguments]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        training = tp5.Training(options, Path(folder), *tp5.load_corpus(options))
-        training.writer = tp5.event_writer(training.folder)
-        yield training
-        training.writer.close()
+        train_set, valid_set = tp5.load_corpus(tp5.run_options(arguments))
+        yield tp5.new_run(arguments, train_set.sha256), Path(folder), train_set, valid_set
 
 
 # ------------------------------------------------------------------------------------------- step
@@ -110,7 +107,7 @@ class TorchModel(CharModel):
         super().__init__(cell, embedding_size, hidden_size)
         self.rnn = TORCH_CELLS[cell](embedding_size, hidden_size)
 
-    def forward(self, targets):
+    def forward(self, targets, steps=None):
         inputs = torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])
         return self.decoder(self.rnn(self.emb(inputs))[0])
 
@@ -119,26 +116,18 @@ MODELS = {"ours": CharModel, "torch": TorchModel}
 
 
 def training_step(cell: str, size: int, hidden: int = H, *, library="ours", optimizer="adamw"):
-    """Two functions: a step of `CharModel` on a batch of T × size symbols, and the optimiser's part of it."""
-    torch.manual_seed(0)
-    model = MODELS[library](cell, E, hidden)
-    parameters = [*model.parameters()]
-    matrices = [model.rnn.input_weight, model.rnn.hidden_weight] if optimizer == "muon" else []
-    others = [p for p in parameters if all(p is not matrix for matrix in matrices)]
-    optimizer = tp5.Muon(matrices, others, lr=1e-3)
+    """Two functions: `train_step` on a batch of T × size symbols, and the optimisers' part of it."""
+    run = tp5.new_run([f"--model={cell}", f"--hidden={hidden}", f"--optimizer={optimizer}", "--device=cpu"], "")
+    if library == "torch":
+        model = TorchModel(cell, E, hidden)
+        run = replace(run, model=model, optimizers=tp5.make_optimizers(model, run.options))
     batch = torch.randint(EOS_IX + 1, V, (T, size))
-    gradients = torch.autograd.grad(maskedCrossEntropy(model(batch), batch, PAD_IX), parameters)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        maskedCrossEntropy(model(batch), batch, PAD_IX).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+    step = partial(tp5.train_step, run, run.model, batch, lr=1e-3, mean_symbols=batch.numel())
+    step()  # which leaves gradients for `update`
 
     def update() -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
+        for optimizer in run.optimizers:
+            optimizer.step()
 
     return step, update
 
@@ -213,7 +202,7 @@ def decode(corpora: list[Path]) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         python(ROOT / "tp5.py", "--run", folder, "--maxsent", 3000, "--epochs", 2)
-        model = tp5.load_checkpoint(Path(folder) / "best.pt").model
+        model = tp5.load(Path(folder) / "best.pt").model
         parts, limits = (model.rnn, model.emb, model.decoder, EOS_IX), dict(budget=50_000, min_length=20)
         exact = partial(generate_exact, *parts, **limits)
         write = partial(python, ROOT / "generate.py", "--beam", 5, "--checkpoint", folder)
@@ -248,7 +237,7 @@ class Published(nn.Module):
 
 def characters_per_second(model: nn.Module, dataset, batches: list[list[int]]) -> float:
     """Real characters a second in training on these batches of indices, with AdamW."""
-    optimizer, symbols, since = torch.optim.AdamW(model.parameters(), fused=True), 0, time.perf_counter()
+    optimizer, symbols, since = torch.optim.AdamW(model.parameters()), 0, time.perf_counter()
     for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=pad_collate_fn):
         optimizer.zero_grad()
         maskedCrossEntropy(model(batch), batch, PAD_IX).backward()
@@ -328,32 +317,48 @@ def quality(corpora: list[Path]) -> None:
             output = python(ROOT / "tp5.py", "--data", path, "--run", folder, "--optimizer", optimizer)
         for epoch, (nats, _, seconds) in enumerate(epochs_of(output), start=1):
             rows.append((f"{path.name}, {optimizer}, epoch {epoch}", f"{seconds:.1f}", f"{nats:.3f}"))
-    if any("campaign" in path.name for path in corpora):
-        rows.append(("campaign speeches, nanoGPT's CPU configuration, published", "102", "1.50"))
     columns = "what", "seconds of training", "validation nats"
     show("quality: the default LSTM", [dict(zip(columns, row, strict=True)) for row in rows])
 
 
 def record(corpora: list[Path]) -> None:
     """What a default run pays for its scalars and histograms, and for the look inside at its end."""
-    with default_training() as training:
-        options, steps = training.options, training.steps
-        scalars, histograms = (steps / every for every in (options.scalars_every, options.histograms_every))
-        batches = list(itertools.islice(tp5.batches(training.train, options, epoch=0), 20))
+    with default_run() as (run, folder, train_set, valid_set):
+        loader = tp5.batches(train_set, run.batch_size, epoch=0)
+        steps = run.options.epochs * len(loader)
+        mean_symbols = (train_set.lengths + 1).sum() / len(loader)
+        batches = list(itertools.islice(loader, 20))
+        run.progress.seconds = 1.0  # of the steps before, which the speed shown is divided by
 
-        def train(scalars_every: int, histograms_every: int) -> None:
-            options.scalars_every, options.histograms_every = scalars_every, histograms_every
-            for batch in batches:
-                training.train_step(batch)
+        def training(**every: int):
+            """A function that trains and writes as often as these options say."""
+            options = argparse.Namespace(**vars(run.options) | every)
+            watched = replace(run, options=options)  # with the same model and progress
+            monitor = tp5.Monitor(watched, folder, steps, steps, mean_symbols)
 
-        which = {"off": (0, 0), "scalars": (1, 0), "histograms": (0, 1)}
-        ms = alternate({name: partial(train, *every) for name, every in which.items()}, 3)
-        off, one, on = (each / len(batches) for each in ms.values())
-        training.save("best.pt")
-        best = tp5.load_checkpoint(training.folder / "best.pt")
-        look = alternate({"look": partial(tp5.look_inside, training.folder, best, training.valid)}, 1)["look"]
-    costs = {"scalars": scalars * (one - off), "histograms": histograms * (on - off)}
-    costs["look inside"] = look
+            def train() -> None:
+                for batch in batches:
+                    gates = [] if monitor.due(options.histograms_every) else None
+                    found = tp5.train_step(watched, run.model, batch, options.lr, mean_symbols, gates)
+                    run.progress.count(*found)
+                    monitor.step(batch, options.lr, found[-1], gates)
+                    run.progress.step += 1
+
+            return train
+
+        ms = alternate({
+            "off": training(scalars_every=0, histograms_every=0),
+            "scalars": training(scalars_every=1, histograms_every=0),
+            "histograms": training(scalars_every=0, histograms_every=1),
+        }, 3)  # fmt: skip
+        off, scalars, histograms = (each / len(batches) for each in ms.values())
+        tp5.save(run, folder / "best.pt")
+        look = alternate({"look": partial(tp5.look_inside, folder, valid_set)}, 1)["look"]
+    costs = {
+        "scalars": steps / run.options.scalars_every * (scalars - off),
+        "histograms": steps / run.options.histograms_every * (histograms - off),
+        "look inside": look,
+    }
     costs["together"] = sum(costs.values())
     rows = [{"what": what, "s": ms / 1000, "share": ms / (steps * off)} for what, ms in costs.items()]
     show(f"record: beside a default run of the LSTM, {steps * off / 1000:.0f} s without", rows)
@@ -361,18 +366,19 @@ def record(corpora: list[Path]) -> None:
 
 def resume(corpora: list[Path]) -> None:
     """What a save of the default model costs, flushed to disk, and a checked load."""
-    with default_training("--maxsent", "1000") as training:
-        training.train_step(next(iter(tp5.batches(training.train, training.options, epoch=0))))
-        last, plain = training.folder / "last.pt", training.folder / "plain.pt"
-        training.save("last.pt")
+    with default_run("--maxsent=1000") as (run, folder, train_set, _):
+        batch = next(iter(tp5.batches(train_set, run.batch_size, epoch=0)))
+        tp5.train_step(run, run.model, batch, run.options.lr, mean_symbols=batch.numel())
+        last, plain = folder / "last.pt", folder / "plain.pt"
+        tp5.save(run, last)
         checkpoint = torch.load(last, weights_only=True)
         ms = alternate({
-            "save": partial(training.save, "last.pt"),
+            "save": partial(tp5.save, run, last),
             "torch.save": partial(torch.save, checkpoint, plain),
-            "load": partial(tp5.load_checkpoint, last),
+            "load": partial(tp5.load, last),
             "torch.load": partial(torch.load, last, weights_only=True),
         })  # fmt: skip
-        size, every = last.stat().st_size / 1e6, training.options.save_every
+        size, every = last.stat().st_size / 1e6, run.options.save_every
     rows = [beside(f"{what}, torch.{what}", "ms", ms[what], ms[f"torch.{what}"]) for what in ("save", "load")]
     show(f"resume: a checkpoint of {size:.1f} MB", rows)
     print(f"\nA save in every {every:g} s of training takes {ms['save'] / 1000 / every:.2%} of the time.")

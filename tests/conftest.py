@@ -23,6 +23,7 @@ from tp5 import CELLS  # noqa: E402
 
 torch.set_num_threads(1)  # the fastest for models this small, on a machine that others use too
 os.environ["COLUMNS"] = "80"
+SAMPLES = ("greedy", "sampled", "cooler", "nucleus", "beam", "nucleus beam")  # of training and comparison
 TORCH_CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
@@ -64,7 +65,9 @@ def here(script: str, *arguments) -> subprocess.CompletedProcess:
             if isinstance(code, str):
                 print(code, file=errors)
                 code = 1
-    printed = (stream.buffer.getvalue().decode() for stream in (output, errors) if not stream.flush())
+    for stream in (output, errors):
+        stream.flush()
+    printed = (stream.buffer.getvalue().decode() for stream in (output, errors))
     return subprocess.CompletedProcess(arguments, code, *printed)
 
 
@@ -74,6 +77,23 @@ def refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> 
     lines = result.stderr.splitlines()
     assert lines[0].startswith("usage: ") if code == 2 else len(lines) == 1, result.stderr
     assert all(word in lines[-1] for word in words) and lines[-1].isprintable(), result.stderr
+
+
+def same(left, right) -> bool:
+    """Equal to the bit and in type, through dicts, lists, tuples, models, optimisers and records."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, nn.Module | torch.optim.Optimizer):
+        return same(left.state_dict(), right.state_dict())
+    if hasattr(left, "__dict__"):
+        return same(vars(left), vars(right))
+    return left == right
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +109,12 @@ def small(tmp_path_factory) -> tuple[str, ...]:
     )
     file.write_text("\n".join(" ".join(map(dice.choice, parts)) + "." for _ in range(1000)), encoding="utf-8")
     return "--data", str(file), "--hidden", "24", "--embedding", "8", "--epochs", "2", "--batch-size", "32"
+
+
+def valid_split(small):
+    """The validation sentences of the small text, drawn as the README says."""
+    dataset = textloader.TextDataset(textloader.read_text(small[1]))
+    return torch.utils.data.random_split(dataset, [900, 100], torch.Generator().manual_seed(0))[1]
 
 
 @pytest.fixture(scope="session")

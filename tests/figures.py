@@ -102,30 +102,30 @@ def rows_of(table: str) -> list[dict[str, str]]:
 
 def named_units(folder: Path, events: EventAccumulator):
     """The LSTM's units that follow the text, on a validation sentence of about 40 characters."""
-    checkpoint = tp5.load_checkpoint(folder / "best.pt")
+    run = tp5.load(folder / "best.pt")
     with contextlib.redirect_stdout(None):
-        _, valid = tp5.load_corpus(checkpoint.options)
-    text = min(valid.sentences, key=lambda sentence: abs(len(sentence) - 40))
-    record = {}
+        _, valid_set = tp5.load_corpus(run.options)
+    text = min(valid_set.sentences, key=lambda sentence: abs(len(sentence) - 40))
+    steps = []
     with torch.no_grad():
-        checkpoint.model(pad_collate_fn([string2code(text)]), record)
-    values = {gate: torch.cat(steps) for gate, steps in record.items()}
-    written, rows = events.Tensors("units/text_summary")[0].tensor_proto.string_val[0].decode(), {}
+        run.model(pad_collate_fn([string2code(text)]), steps)
+    written, units = events.Tensors("units/text_summary")[0].tensor_proto.string_val[0].decode(), {}
     for row in rows_of(written):
-        gate, number = row["unit"].split()
-        rows[f"{row['unit']}: {row['follows']}, r {float(row['correlation']):.2f}"] = gate, int(number)
-        if gate == "C" and row["follows"].startswith("position") and "its gate f" not in rows:
-            rows |= {f"its gate {gate}": (gate, int(number)) for gate in "fio"}
-    shades = np.stack([values[gate][1:, number].numpy() for gate, number in rows.values()])
+        gate, unit = row["unit"].split()
+        units[f"{row['unit']}: {row['follows']}, r {float(row['correlation']):.2f}"] = gate, int(unit)
+        if gate == "C" and row["follows"].startswith("position") and "its gate f" not in units:
+            units |= {f"its gate {gate}": (gate, int(unit)) for gate in "fio"}
+    read = steps[1:]  # after each character
+    shades = np.array([[step[gate][0, unit].item() for step in read] for gate, unit in units.values()])
     shades /= np.abs(shades).max(1, keepdims=True).clip(min=1)
 
-    figure, axes = plt.subplots(figsize=(16, 1.5 + 0.55 * len(rows)))
+    figure, axes = plt.subplots(figsize=(16, 1.5 + 0.55 * len(units)))
     image = axes.imshow(shades, cmap="RdBu_r", vmin=-1.6, vmax=1.6, aspect="auto")  # pale: text is on it
     for y, x in np.ndindex(shades.shape):
         axes.text(x, y, text[x], ha="center", va="center", family="monospace")
     axes.set(xticks=[], xlabel="a validation sentence, character by character")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)  # lines between the rows
+    axes.set_yticks(range(len(units)), units)
+    axes.set_yticks(np.arange(len(units) - 1) + 0.5, minor=True)  # lines between the rows
     axes.grid(False)
     axes.grid(which="minor", axis="y", color="white", linewidth=5)
     axes.tick_params(which="both", length=0)

@@ -1,7 +1,6 @@
 """A checkpoint that is not whole and sound is refused in one line or loads equal; it runs nothing."""
 
 import io
-import itertools
 import math
 import os
 import pickle
@@ -10,10 +9,10 @@ import zipfile
 
 import pytest
 import torch
-from conftest import command, here, refused
+from conftest import command, here, refused, same
 
 from textloader import LabError
-from tp5 import load_checkpoint
+from tp5 import load
 
 
 @pytest.fixture(scope="module")
@@ -27,28 +26,13 @@ def file(tmp_path_factory):
     return folder / "run" / "last.pt"
 
 
-def same(left, right) -> bool:
-    """Equal to the bit and in type, through dicts and lists."""
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, torch.nn.Module):
-        return same(left.state_dict(), right.state_dict())
-    if hasattr(left, "__dict__"):
-        return same(vars(left), vars(right))
-    return (type(left), left) == (type(right), right)
-
-
 def refusals(path, contents, good, wrong: int = 0) -> int:
     """How many of the contents were refused; all others, but `wrong` ones at most, must load as equal to `good`."""
     count = differing = 0
     for content in contents:
         path.write_bytes(content)
         try:
-            found = load_checkpoint(path)
+            found = load(path)
         except LabError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             count += 1
@@ -77,8 +61,7 @@ def test_flipped_bits(file, tmp_path, count):
         byte = dice.choice(near) if i % 2 else dice.randrange(len(whole))
         flipped = bytes([whole[byte] ^ 1 << dice.randrange(8)])
         contents.append(whole[:byte] + flipped + whole[byte + 1 :])
-    refused = refusals(tmp_path / "flipped.pt", contents, load_checkpoint(file), wrong=count // 3000)
-    assert refused > count // 2
+    assert refusals(tmp_path / "flipped.pt", contents, load(file), wrong=count // 3000) > count // 2
 
 
 def test_truncated(file, tmp_path):
@@ -87,7 +70,7 @@ def test_truncated(file, tmp_path):
     cut = [whole[:end] for end in ends if 0 <= end < len(whole)]
     holes = [whole[: len(whole) // 2] + whole[len(whole) // 2 + n :] for n in (1, 64, 1000)]
     zeros = [whole[:start] + bytes(512) + whole[start + 512 :] for start in range(0, len(whole), 2048)]
-    count = refusals(tmp_path / "cut.pt", [*cut, *holes, *zeros], load_checkpoint(file))
+    count = refusals(tmp_path / "cut.pt", [*cut, *holes, *zeros], load(file))
     assert count >= len(cut) + len(holes)
 
 
@@ -95,10 +78,10 @@ class Calls:
     """Unpickled by a careless reader, it calls `function`."""
 
     def __init__(self, function, *arguments):
-        self.what = function, arguments
+        self.call = function, arguments
 
     def __reduce__(self):
-        return self.what
+        return self.call
 
 
 def saved(content, **options) -> bytes:
@@ -128,10 +111,10 @@ def foreign(whole: bytes, good: dict, boom) -> dict[str, bytes]:
         "text": "Yes we can. é".encode(),
         "zip": archive({"a.txt": b"a"}),
         "empty zip": archive({}),
-        "pickle": pickle.dumps(good["options"]),
+        "pickle": pickle.dumps(good["progress"]),
         "pickle bomb": bomb,
         "bomb": saved({**good, "weights": Calls(os.mkdir, str(boom))}),
-        "system": saved({**good, "options": Calls(os.system, f"mkdir '{boom}'")}),
+        "system": saved({**good, "arguments": Calls(os.system, f"mkdir '{boom}'")}),
         "bomb in place": archive({**records, pickled: bomb}),
         "legacy": saved(good, _use_new_zipfile_serialization=False),
         "list": saved([1, 2]),
@@ -146,7 +129,7 @@ def foreign(whole: bytes, good: dict, boom) -> dict[str, bytes]:
         "nan": saved({**good, "weights": {n: t * math.nan for n, t in weights.items()}}),
         "a weight less": saved({**good, "weights": dict([*weights.items()][1:])}),
         "a weight more": saved({**good, "weights": {**weights, "more": torch.zeros(1)}}),
-        "another cell": saved({**good, "options": {**good["options"], "model": "lstm"}}),
+        "another cell": saved({**good, "arguments": [*good["arguments"], "--model=lstm"]}),
         "compressed": archive(records, zipfile.ZIP_DEFLATED),
         "short record": archive({**records, data: records[data][:-4]}),
         "no pickle": archive({name: content for name, content in records.items() if name != pickled}),
@@ -163,14 +146,14 @@ def test_foreign_files_and_bombs(file, tmp_path):
         refused(here("tp5.py", "--resume", run, "--epochs", 2), str(run / "last.pt"))
         if name == "version 1":
             with pytest.raises(LabError, match=r"another format .*train again"):
-                load_checkpoint(run / "last.pt")
+                load(run / "last.pt")
     (run / "best.pt").write_bytes(cases["system"])
     refused(here("tp5.py", "--compare", run), str(run / "best.pt"))
     refused(here("tp5.py", "--resume", run, "--look", "abc"), str(run / "best.pt"))
     assert not boom.exists()
 
 
-HOSTILE = (None, True, -1, 0, 10**6, 10**40, math.nan, "x", [], {}, torch.zeros(0), torch.zeros(1).expand(10**9))
+HOSTILE = (None, True, -1, 0, 2.5, 10**6, 10**40, math.nan, "x", [], {}, torch.zeros(0), torch.zeros(1).expand(10**9))
 
 
 def places(value, path=()):
@@ -196,26 +179,28 @@ def edited(file, path: tuple, value=None) -> dict:
 
 
 CRAFTED = (  # these once crashed the process, hung it, or ended in a traceback
-    *((("options", name), value) for name, value in [("hidden", 10**6), ("hidden", -1), ("batch_size", 0)]),
-    *((("options", name), "x") for name in ("seed", "model", "maxsent")),
     *((("progress", name), value) for name, value in [("step", -1), ("step", 10**6), ("step", "x")]),
     *((("progress", name), None) for name in ("best_loss", "step", "skipped", "recent_nats", "seconds")),
-    *((("moments", 0, "step"), value) for value in (torch.zeros(0), "x")),
-    *((("moments", 0), value) for value in ({}, None, {"step": torch.zeros(()), "momentum": torch.zeros(1)})),
+    (("batch_size",), 2.5),
+    (("weights", "decoder.bias"), torch.zeros(97, dtype=torch.float64)),
+    *((("moments", 1, 0, "step"), value) for value in (torch.zeros(0), torch.tensor(-1.0), "x")),
+    *((("moments", 0, 0), value) for value in ({}, None, {"momentum": torch.zeros(1)})),
+    *((("moments", 0), value) for value in ({}, None, {"momentum": torch.zeros(1)})),
     *((("moments",), value) for value in ([], [{}] * 20, {}, "x")),
 )
 
 
-def resumed_safely(run, checkpoint, what) -> None:
-    """Train on from a checkpoint: to its end, or refused in one line."""
+def resumed_safely(run, checkpoint, path) -> None:
+    """Train on from a checkpoint whose value at `path` is crafted: to its end, or refused in one line."""
     torch.save(checkpoint, run / "last.pt")
     found = here("tp5.py", "--resume", run, "--epochs", 2)
     if found.returncode:
         refused(found)
-        said = ("last.pt", "best.pt", "train anew", "another text")
-        assert any(words in found.stderr for words in said), (what, found.stderr)
+        said = ("last.pt", "best.pt", "train anew", "another text", "as UTF-8 text")
+        assert any(words in found.stderr for words in said), (path, found.stderr)
     else:
-        load_checkpoint(run / "last.pt")
+        assert "going on after step" in found.stdout, (path, found.stdout)
+        load(run / "last.pt")
 
 
 @pytest.mark.parametrize(
@@ -225,44 +210,63 @@ def test_crafted_checkpoints(file, tmp_path, path, value):
     resumed_safely(tmp_path, edited(file, path, (value,)), path)
 
 
+ARGUMENTS = ["--hidden=1000000", "--hidden=-1", "--hidden=2", "--batch-size=0", "--seed=x", "--maxsent=x"]
+ARGUMENTS += ["--model=x", "--model=lstm", "--data=", "--device=x", "--help", "--x", "x", "\x1b[31m", "--hidden=--"]
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_crafted_arguments(file, tmp_path, argument):
+    """A checkpoint's arguments are not those of the person who loads it: what they say is one line, too."""
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["arguments"].append(argument)
+    torch.save(checkpoint, tmp_path / "last.pt")
+    refused(here("tp5.py", "--resume", tmp_path), str(tmp_path) if argument != "--data=" else "as UTF-8 text")
+
+
 @pytest.mark.slow
 def test_every_field_replaced_or_missing(file, tmp_path):
     for path in places(torch.load(file, weights_only=True)):
-        if path[0] == "options" and len(path) > 1:
-            continue  # an option that says something else is that option, or an error of its own
         # A number of the run's progress that says something else is that number.
         hostile = () if path[0] == "progress" and len(path) > 1 else HOSTILE
         for value in (None, *((each,) for each in hostile)):
-            resumed_safely(tmp_path, edited(file, path, value), (path, value))
+            resumed_safely(tmp_path, edited(file, path, value), path)
 
 
 @pytest.mark.parametrize("size", [1, 10**6], ids=["one element", "too many elements"])
 def test_crafted_moments_do_not_end_the_process(file, tmp_path, size):
     """Of the right shape over one element, or of a wrong shape, they once did, by signal 6 or 11."""
     checkpoint = torch.load(file, weights_only=True)
-    for moments in checkpoint["moments"]:
-        for name, moment in moments.items():
-            if name != "step":
-                moments[name] = torch.zeros(1).expand(moment.shape if size == 1 else size)
+    for path in places(checkpoint["moments"]):
+        if path[-1] in ("momentum", "exp_avg", "exp_avg_sq"):
+            optimizer, parameter, name = path
+            moments = checkpoint["moments"][optimizer][parameter]
+            moments[name] = torch.zeros(1).expand(moments[name].shape if size == 1 else size)
     torch.save(checkpoint, tmp_path / "last.pt")
-    found = command("tp5.py", "--resume", tmp_path, "--epochs", 2)
-    if size == 1:
-        assert found.returncode == 0 and load_checkpoint(tmp_path / "last.pt"), found.stderr
-    else:
-        refused(found, "last.pt")
+    refused(command("tp5.py", "--resume", tmp_path, "--epochs", 2), "last.pt")
 
 
 def test_other_paths(tmp_path):
     (tmp_path / "folder.pt").mkdir()
-    for name, path in itertools.product(("folder.pt", "missing.pt", "nul\0.pt"), [tmp_path]):
+    for name in ("folder.pt", "missing.pt", "nul\0.pt"):
         with pytest.raises(LabError):
-            load_checkpoint(path / name)
+            load(tmp_path / name)
 
 
-def test_a_checkpoint_made_with_cuda_loads_without(file, tmp_path, monkeypatch):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")
+def test_a_run_made_with_cuda_goes_on_without(file, tmp_path, monkeypatch):
     """What torch.save writes of a CUDA tensor differs in the location that its storage names."""
     good = torch.load(file, weights_only=True)
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-    torch.save(good, tmp_path / "cuda.pt")
-    assert b"cuda:0" in (tmp_path / "cuda.pt").read_bytes()
-    assert same(load_checkpoint(tmp_path / "cuda.pt"), load_checkpoint(file))
+    good["arguments"].append("--device=cuda")
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        for name in ("last.pt", "best.pt"):
+            torch.save(good, tmp_path / name)
+    assert b"cuda:0" in (tmp_path / "best.pt").read_bytes()
+    found, expected = load(tmp_path / "best.pt", "--device=cpu"), load(file)
+    assert same(found.model, expected.model) and same(found.optimizers, expected.optimizers)
+    for ending in (["--look", "A"], ["--epochs", 2, "--device", "cpu"]):
+        result = here("tp5.py", "--resume", tmp_path, *ending)
+        assert result.returncode == 0, (ending, result.stderr)
+    for called in (["tp5.py", "--compare", tmp_path], ["generate.py", "--checkpoint", tmp_path, "--greedy"]):
+        result = here(*called)
+        assert result.returncode == 0, result.stderr

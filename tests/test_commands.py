@@ -9,20 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CELLS, ROOT, command, here, refused
+from conftest import CELLS, ROOT, SAMPLES, command, here, refused
 
-import tp5
-from textloader import TextDataset, pad_collate_fn, read_text
-from tp5 import load_checkpoint
+from textloader import read_text
+from tp5 import load
 
 TINY = ("--hidden", "2", "--embedding", "2", "--epochs", "1", "--batch-size", "32")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX files and pipes")
-
-
-def valid_split(small):
-    """The validation sentences of the small text, drawn as the README says."""
-    dataset = TextDataset(read_text(small[1]))
-    return torch.utils.data.random_split(dataset, [900, 100], torch.Generator().manual_seed(0))[1]
 
 
 def test_training_says_what_it_did(runs):
@@ -33,41 +26,22 @@ def test_training_says_what_it_did(runs):
     assert (last < first).all() and (first < math.log(97)).all()
     bits = [float(x) for x in re.findall(r"([\d.]+) bits", output)]
     assert bits == pytest.approx([x / math.log(2) for x in losses], abs=1.3e-3)
-    assert all(output.count(f"\n  {name:12s}  ") == 6 for name in ("greedy", "sampled", "nucleus", "beam"))
+    assert all(output.count(f"\n  {name:12s}  ") == 6 for name in SAMPLES)
     assert "worse than a guess" not in output and "skipped" not in output
     short = [line for line in output.splitlines() if str(runs.parent) not in line]  # paths stay whole
     assert max(map(len, short)) <= 80
     assert f"\n    python generate.py --beam 5 --checkpoint '{runs / 'lstm'}'\n" in output  # to be pasted
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_validation_loss_is_that_of_torch(runs, small, cell):
-    """Recomputed from the checkpoint, one sentence at a time, with torch's own loss."""
-    model, nats, symbols = load_checkpoint(runs / cell / "best.pt").model, 0.0, 0
-    for sentence in valid_split(small):
-        target = pad_collate_fn([sentence])
-        loss = torch.nn.functional.cross_entropy(model(target).flatten(0, 1), target.flatten(), reduction="sum")
-        nats, symbols = nats + loss.item(), symbols + len(target)
-    best = load_checkpoint(runs / cell / "best.pt").progress.best_loss
-    assert nats / symbols == pytest.approx(best, rel=1e-5)
-
-
 def test_only_the_models_just_trained_are_compared(runs, small, tmp_path):
     """Whatever else stands in the folder."""
     checkpoint = torch.load(runs / "rnn" / "best.pt", weights_only=True)
-    checkpoint["options"]["seed"] = 1
+    checkpoint["arguments"].append("--seed=1")
     (tmp_path / "stranger").mkdir()
     torch.save(checkpoint, tmp_path / "stranger" / "best.pt")
     found = here("tp5.py", "--model", "rnn", "gru", "--run", tmp_path, *small, "--epochs", 1)
     assert found.returncode == 0 and found.stderr == "" and "stranger" not in found.stdout
     assert (tmp_path / "comparison" / "comparison.md").exists()
-
-
-def test_same_seed_same_run(runs, small, tmp_path):
-    """A run alone is bit for bit that among a comparison's, in another process."""
-    assert here("tp5.py", "--model", "gru", "--run", tmp_path, *small).returncode == 0
-    first, again = (load_checkpoint(folder / "last.pt").model.state_dict() for folder in (runs / "gru", tmp_path))
-    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
 
 
 @pytest.mark.parametrize(
@@ -142,11 +116,7 @@ def test_smallest_corpora_train(tmp_path, cell, text):
     (tmp_path / "small.txt").write_text(text, encoding="utf-8")
     options = ("--hidden", 1, "--embedding", 1, "--batch-size", 1, "--epochs", 1, "--clip", 0)
     found = here("tp5.py", "--model", cell, "--data", tmp_path / "small.txt", "--run", tmp_path / "run", *options)
-    assert (
-        found.returncode == 0
-        and "1 to validate" in found.stdout
-        and load_checkpoint(tmp_path / "run" / "best.pt").model
-    )
+    assert found.returncode == 0 and "1 to validate" in found.stdout and load(tmp_path / "run" / "best.pt").model
     assert re.fullmatch("warning: .*[0-9]+ sentences.*\n", found.stderr)
 
 
@@ -188,7 +158,7 @@ def test_a_finished_run_goes_on_with_a_renamed_corpus(small, tmp_path):
     assert (run / "last.pt").read_bytes() == before
     found = here("tp5.py", "--resume", run / "last.pt", "--epochs", 2, "--data", tmp_path / "renamed.txt")
     assert found.returncode == 0 and "epoch 2/2" in found.stdout and "epoch 1/" not in found.stdout
-    assert load_checkpoint(run / "last.pt").progress.step == 58
+    assert load(run / "last.pt").progress.step == 58
 
 
 def test_run_folders_are_not_overwritten(runs, small, tmp_path):
@@ -241,12 +211,11 @@ def test_reader_of_the_output_goes_away(small, tmp_path):
     assert not (tmp_path / "run" / "gru" / "best.pt").exists()
 
 
-@pytest.mark.parametrize(("clip", "advice", "not_this"), [(1, "--lr", "--clip"), (0, "--clip 1", "--lr")])
-def test_diverging_run_stops_with_advice(small, tmp_path, clip, advice, not_this):
+@pytest.mark.parametrize("clip", [1, 0])
+def test_diverging_run_stops_with_advice(small, tmp_path, clip):
     found = here("tp5.py", "--run", tmp_path, *small, "--lr", 1e9, "--clip", clip)
-    refused(found, "not finite", "three steps in a row", advice)
-    assert not_this not in found.stderr
-    assert load_checkpoint(tmp_path / "last.pt").progress.step == 0
+    refused(found, "not finite", "three steps in a row", "smaller --lr", "--clip 1")
+    assert load(tmp_path / "last.pt").progress.step == 0
 
 
 def test_worse_than_a_guess_is_said(small, tmp_path):
@@ -256,37 +225,6 @@ def test_worse_than_a_guess_is_said(small, tmp_path):
     assert len(losses) == 2 and losses[0] > math.log(97)
     worse = sum(loss > math.log(97) for loss in losses)
     assert found.stdout.count("worse than a guess (4.57 nats)") == found.stdout.count("smaller --lr") == worse
-
-
-def spoil(monkeypatch, steps, how) -> None:
-    """Make the training loss of these steps (0, 1, …) not finite, or its gradient only."""
-    loss, step = tp5.maskedCrossEntropy, iter(range(10**6))
-
-    def spoiled(output, target, padcar):
-        if torch.is_grad_enabled() and next(step) in steps:
-            if how == "gradient":
-                output.register_hook(lambda gradient: gradient * math.inf)
-            else:
-                output = output * math.nan
-        return loss(output, target, padcar)
-
-    monkeypatch.setattr(tp5, "maskedCrossEntropy", spoiled)
-
-
-@pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch, small, how):
-    spoil(monkeypatch, {0, 3, 4, 6, 40}, how)
-    found = here("tp5.py", "--run", tmp_path, *small, "--histograms-every", 1)
-    assert re.findall("([0-9]+) steps skipped so far", found.stdout) == ["4", "5"], found.stderr
-    checkpoint = load_checkpoint(tmp_path / "last.pt")
-    assert (checkpoint.progress.step, checkpoint.progress.skipped) == (58, 5)
-    assert max(int(moments["step"]) for moments in checkpoint.moments) == 53
-
-
-def test_three_steps_in_a_row_stop_the_run(tmp_path, monkeypatch, small):
-    spoil(monkeypatch, {30, 31, 32}, "loss")
-    refused(here("tp5.py", "--run", tmp_path, *small), "three steps in a row", "--lr")
-    assert load_checkpoint(tmp_path / "last.pt").progress.step == 29  # the epoch before
 
 
 def test_imports_do_no_work(tmp_path):

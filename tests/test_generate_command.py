@@ -2,15 +2,17 @@
 
 import math
 import re
+import shutil
 
 import pytest
 from conftest import command, here, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import textloader
 from generate import generate_exact, score, search_error
-from textloader import EOS_IX
-from tp5 import load_checkpoint
+from textloader import EOS_IX, find_checkpoint
+from tp5 import load
 
 FACTS = (
     r"^  (.*?)( …)?\n    (-[\d.]+) nats,(?: (-[\d.]+) with the options,)? ([\d.]+) bits per character, "
@@ -32,7 +34,7 @@ def written(runs):
 
 
 def parts(runs, model="lstm"):
-    loaded = load_checkpoint(runs / model / "best.pt").model
+    loaded = load(runs / model / "best.pt").model
     return loaded.rnn, loaded.emb, loaded.decoder, EOS_IX
 
 
@@ -73,6 +75,19 @@ def test_printed_scores_are_those_of_a_full_pass(runs, options, model, count, wr
         assert ("likelier" in rest) == (options[0] in ("--beam", "--exact"))
 
 
+def test_the_users_own_run_speaks_first(runs, tmp_path, monkeypatch):
+    """Before the reference, even one touched later; without any, the command says what to do."""
+    monkeypatch.setattr(textloader, "RUNS", tmp_path)
+    refused(here("generate.py"), "no run", "tp5.py --model lstm")
+    shutil.copytree(runs / "lstm", tmp_path / "reference" / "lstm")
+    assert find_checkpoint(None, "best.pt") == tmp_path / "reference" / "lstm" / "best.pt"
+    (tmp_path / "compare" / "rnn").mkdir(parents=True)
+    own = shutil.copy2(runs / "rnn" / "best.pt", tmp_path / "compare" / "rnn" / "best.pt")
+    (tmp_path / "reference" / "lstm" / "best.pt").touch()  # later than the user's own
+    assert find_checkpoint(None, "best.pt") == own
+    assert here("generate.py", "--greedy").stdout.startswith(f"{own}: rnn")
+
+
 def test_same_seed_same_sentences(written):
     first, again, other = (written("--sample", "-n", "3", "--seed", seed) for seed in (3, 3, 4))
     assert first == again
@@ -86,7 +101,7 @@ def test_exact_search_says_where_a_beam_loses(runs, written, k):
     output = written("--exact", k, "--maxlen", "40", "--start", "They saw ")
     [best] = generate_exact(*arguments, "They saw ", 40)
     assert best.gap == 0 and f"  They saw {best.text}\n" in output and "proved" in output
-    lost = search_error(*arguments, k, best.codes, "They saw ", 40)
+    lost = search_error(*arguments, k, best.text, "They saw ", 40)
     assert (f"a beam of {k} finds it" in output) == (lost is None)
     if lost:
         assert re.search(rf"a beam of {k} loses it at step {lost} \(.*\); one of [0-9]+ finds it", output)

@@ -19,26 +19,7 @@ T, B, E, H, V = 5, 3, 4, 6, len(id2lettre)
 every_cell = pytest.mark.parametrize("name", CELLS)
 
 
-def parts_of(state):
-    return state if isinstance(state, tuple) else (state,)
-
-
 # ------------------------------------------------------------------------------------------- loss
-
-
-def test_a_cell_that_keeps_nothing_still_shows_its_states():
-    """A student's cell needs `gates` and `one_step` alone."""
-
-    class Plain(Cell):
-        gates = ("h",)
-
-        def one_step(self, projected, h):
-            return torch.tanh(projected + h @ self.hidden_weight.T)
-
-    model, record = CharModel("rnn", 3, 4), {}
-    model.rnn = Plain(3, 4)
-    model(torch.full((5, 2), 7), record)
-    assert list(record) == ["h"] and [h.shape for h in record["h"]] == [(2, 4)] * 5
 
 
 def test_loss_is_cross_entropy_that_ignores_blank():
@@ -95,10 +76,11 @@ def test_cell_equals_torchs_with_gradients(name):
         for mine, other in pairs:
             other.copy_(reordered(mine))
     x = torch.randn(T, B, E, dtype=torch.float64)
-    (output, state), (expected, expected_state) = ours(x), theirs(x)
+    (output, states), (expected, expected_states) = ours(x), theirs(x)
     torch.testing.assert_close(output, expected)
-    for tensor, other in zip(parts_of(state), parts_of(expected_state), strict=True):
-        torch.testing.assert_close(tensor, other[0])
+    expected_states = expected_states if name == "lstm" else (expected_states,)
+    for state, other in zip(states, expected_states, strict=True):
+        torch.testing.assert_close(state, other[0])
     weight = torch.randn_like(output)
     (output * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -122,9 +104,9 @@ def test_gru_equals_onnx():
     graph = onnx.helper.make_graph([node], "gru", inputs, outputs)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)])
     expected, _ = ReferenceEvaluator(model).run(None, feeds)
-    output, state = gru(x, h)
+    output, (last,) = gru(x, (h,))
     torch.testing.assert_close(output, torch.from_numpy(expected[:, 0]))
-    torch.testing.assert_close(state, output[-1])
+    torch.testing.assert_close(last, output[-1])
 
 
 @every_cell
@@ -140,18 +122,17 @@ def test_one_step_after_another_is_the_whole(name):
     """And a state given back goes on, the batch second to last in each of its tensors."""
     torch.manual_seed(4)
     cell, x = CELLS[name](E, H).double(), torch.randn(T, B, E, dtype=torch.float64)
-    output, state = cell(x)
+    output, states = cell(x)
     halves, halfway = cell(x[:2])
     rest, end = cell(x[2:], halfway)
-    zeros = torch.zeros(B, H, dtype=torch.float64)
-    step = (zeros, zeros) if name == "lstm" else zeros
-    for projected in cell.project(x):
-        step = cell.one_step(projected, step)
     torch.testing.assert_close(torch.cat([halves, rest]), output)
-    for one, two, three in zip(*map(parts_of, (state, end, step)), strict=True):
+    step = {state: torch.zeros(B, H, dtype=torch.float64) for state in cell.states}
+    for projected in cell.project(x):
+        step = cell.one_step(projected, *(step[state] for state in cell.states))
+    for state, one, two in zip(cell.states, states, end, strict=True):
         assert one.shape == (B, H)
         torch.testing.assert_close(one, two)
-        torch.testing.assert_close(one, three)
+        torch.testing.assert_close(one, step[state])
 
 
 @every_cell
@@ -166,16 +147,15 @@ def test_initialisation(name):
 
 
 @every_cell
-def test_record_has_every_gate_and_state(name):
+def test_steps_have_every_gate_and_state(name):
     """By name: they satisfy the docstring's equations, and gradients reach them."""
     torch.manual_seed(5)
-    cell = CELLS[name](E, H).double()
-    cell.record = record = {}
-    output, _ = cell(torch.randn(T, B, E, dtype=torch.float64))
-    assert set(record) == set(cell.gates) | set(cell.states)
-    assert all(len(steps) == T and steps[0].shape == (B, H) for steps in record.values())
-    values = {key: torch.stack(steps) for key, steps in record.items()}
-    before = {key: torch.cat([torch.zeros_like(steps[:1]), steps[:-1]]) for key, steps in values.items()}
+    cell, steps = CELLS[name](E, H).double(), []
+    output, _ = cell.unroll(cell.project(torch.randn(T, B, E, dtype=torch.float64)), steps=steps)
+    assert len(steps) == T and all(set(step) == {*cell.gates, *cell.states} for step in steps)
+    values = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
+    assert all(value.shape == (T, B, H) for value in values.values())
+    before = {key: torch.cat([torch.zeros_like(value[:1]), value[:-1]]) for key, value in values.items()}
     expected = {
         "rnn": lambda h, **_: h,
         "gru": lambda z, candidate, **_: (1 - z) * before["h"] + z * candidate,
@@ -183,7 +163,7 @@ def test_record_has_every_gate_and_state(name):
     }[name](**values)
     torch.testing.assert_close(output, expected)
     for state in cell.states:
-        assert torch.autograd.grad(output[-1].sum(), record[state][0], retain_graph=True)[0].all()
+        assert torch.autograd.grad(output[-1].sum(), steps[0][state], retain_graph=True)[0].all()
 
 
 def test_a_students_cell_needs_only_gates_and_one_step():
@@ -195,7 +175,7 @@ def test_a_students_cell_needs_only_gates_and_one_step():
         def one_step(self, projected, h):
             (x_f, x), (W_f, W) = projected.chunk(2, -1), self.hidden_weight.chunk(2)
             f = torch.sigmoid(x_f + h @ W_f.T)
-            return (1 - f) * h + f * torch.tanh(x + (f * h) @ W.T)
+            return {"h": (1 - f) * h + f * torch.tanh(x + (f * h) @ W.T), "f": f}
 
     torch.manual_seed(6)
     model = CharModel("rnn", E, H).double()
@@ -203,7 +183,7 @@ def test_a_students_cell_needs_only_gates_and_one_step():
     targets = torch.randint(2, V, (T, B))
     maskedCrossEntropy(model(targets), targets, PAD_IX).backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
-    assert generate(model.rnn, model.emb, model.decoder, EOS_IX, "ab", 5).codes
+    assert generate(model.rnn, model.emb, model.decoder, EOS_IX, "ab", 5).text
 
 
 # ------------------------------------------------------------------------------------------ model

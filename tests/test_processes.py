@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, ended, here, refused, start
 
-from tp5 import load_checkpoint
+from tp5 import load
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 LONG = ("--hidden", "8", "--embedding", "4", "--batch-size", "8", "--epochs", "500", "--save-every", "0.05")
@@ -42,7 +42,7 @@ def test_a_failed_save_keeps_the_last_good_file(small, tmp_path):
     arguments += ["--histograms-every", "0", "--scalars-every", "0"]
     found = subprocess.run(arguments, capture_output=True, encoding="utf-8", timeout=200)
     refused(found, "File too large")
-    assert load_checkpoint(tmp_path / "run" / "last.pt").progress.step == 0
+    assert load(tmp_path / "run" / "last.pt").progress.step == 0
 
 
 @pytest.mark.slow
@@ -55,7 +55,7 @@ def test_a_full_disk_keeps_the_last_good_file(small, tmp_path):
         process = start("tp5.py", "--run", tmp_path / "run", *small[:2], *LONG)
         found = ended(process)  # its events alone fill it
         assert found.returncode == 1 and "Traceback" not in found.stderr and "No space left" in found.stderr
-        assert load_checkpoint(tmp_path / "run" / "last.pt").progress.step > 0
+        assert load(tmp_path / "run" / "last.pt").progress.step > 0
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
@@ -75,8 +75,9 @@ def test_two_processes_train_the_model_of_one(small, tmp_path):
     together = ended(torchrun("--run", tmp_path / "two", *small, "--batch-size", 7))
     alone = here("tp5.py", "--run", tmp_path / "one", *small, "--batch-size", 14)  # 900 = 64 · 14 + 4
     assert together.returncode == alone.returncode == 0, together.stderr
-    two, one = (load_checkpoint(tmp_path / name / "last.pt") for name in ("two", "one"))
-    assert vars(two.options) | {"run": None} == vars(one.options) | {"run": None}
+    two, one = (load(tmp_path / name / "last.pt") for name in ("two", "one"))
+    assert vars(two.options) | {"run": None, "batch_size": 14} == vars(one.options) | {"run": None}
+    assert two.batch_size == one.batch_size == 14  # of all processes
     for name in ("step", "symbols"):
         assert getattr(two.progress, name) == getattr(one.progress, name)
     assert two.progress.best_loss == pytest.approx(one.progress.best_loss, rel=1e-4)
@@ -95,7 +96,7 @@ def test_a_last_batch_smaller_than_the_processes(tmp_path):
     together = ended(torchrun("--run", tmp_path / "three", *sizes, 1, processes=3))
     alone = here("tp5.py", "--run", tmp_path / "one", *sizes, 3)
     assert together.returncode == alone.returncode == 0, together.stderr
-    three, one = (load_checkpoint(tmp_path / name / "last.pt") for name in ("three", "one"))
+    three, one = (load(tmp_path / name / "last.pt") for name in ("three", "one"))
     assert three.progress.best_loss == pytest.approx(one.progress.best_loss, rel=1e-5)
 
 
@@ -110,12 +111,12 @@ def test_a_lost_process_ends_the_job_and_one_resumes(small, tmp_path):
         os.kill(int(file.read().split()[0]), signal.SIGKILL)
     found = ended(job)
     assert found.returncode != 0
-    before = load_checkpoint(folder / "last.pt").progress.step
+    before = load(folder / "last.pt").progress.step
     alone = start("tp5.py", "--resume", folder)
     saved_again(folder, alone)
     alone.send_signal(signal.SIGINT)
     assert ended(alone).returncode == 130
-    assert load_checkpoint(folder / "last.pt").progress.step > before
+    assert load(folder / "last.pt").progress.step > before
 
 
 def test_without_torchrun_torch_distributed_is_not_touched(small, tmp_path, monkeypatch):

@@ -7,31 +7,20 @@ import time
 
 import pytest
 import torch
-from conftest import command, ended, here, start
+from conftest import command, ended, here, same, start
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
-from tp5 import load_checkpoint
+from tp5 import load
 
 MODEL = ("--hidden", "8", "--embedding", "4", "--batch-size", "8", "--scalars-every", "7", "--model", "gru")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends SIGKILL")
 
 
-def same(left, right) -> bool:
-    """Equal to the bit, through dicts and lists."""
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
-
-
 def content(path) -> dict:
     """A checkpoint without its wall-clock figures, and how its command was called."""
-    checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["progress"]["seconds"]
-    for name in ("run", "resume", "save_every"):
-        del checkpoint["options"][name]
-    return checkpoint
+    checkpoint, options = torch.load(path, weights_only=True), vars(load(path).options)
+    del checkpoint["progress"]["seconds"], checkpoint["arguments"], options["run"], options["save_every"]
+    return checkpoint | {"options": options}
 
 
 def curves(folder) -> dict:
@@ -92,10 +81,10 @@ def test_killed_and_resumed_is_the_same_run(small, tmp_path, kills, epochs):
     assert here("tp5.py", "--run", tmp_path / "whole", *options, "--save-every", 0).returncode == 0
     met, saving = killed(tmp_path / "killed", options, kills, seed=kills)
     assert met >= kills * 2 / 3 and saving >= kills // 8
-    step = load_checkpoint(tmp_path / "killed" / "last.pt").progress.step
+    step = load(tmp_path / "killed" / "last.pt").progress.step
     interrupted(tmp_path / "killed")
-    stopped = load_checkpoint(tmp_path / "killed" / "last.pt").progress
-    assert step < stopped.step < load_checkpoint(tmp_path / "whole" / "last.pt").progress.step
+    stopped = load(tmp_path / "killed" / "last.pt").progress
+    assert step < stopped.step < load(tmp_path / "whole" / "last.pt").progress.step
     found = here("tp5.py", "--resume", tmp_path / "killed")
     assert found.returncode == 0 and "going on" in found.stdout, found.stderr
     for name in ("last.pt", "best.pt"):

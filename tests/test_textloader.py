@@ -126,7 +126,9 @@ def test_bad_files(tmp_path, content, words):
     path = tmp_path / "corpus.txt"
     path.write_bytes("\ufeffHé.".encode())  # a byte order mark is no text
     assert read_text(path) == "Hé."
-    path.unlink() if content is None else path.write_bytes(content)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(LabError) as error:
         read_text(path)
     assert all(word in str(error.value) for word in words)
