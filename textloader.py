@@ -1,23 +1,29 @@
 """Question 1: from a text to batches of sentences of unequal length.
 
-text ─ normalize ─▶ sentences ─ TextDataset ─▶ codes ─ BucketSampler, pad_collate_fn ─▶ (T, B) batches
+text ─ clean ─▶ sentences ─ TextDataset ─▶ codes ─ BucketSampler, pad_collate_fn ─▶ (T, B) batches
 
 python textloader.py [PATH]     # the handout's example, then what a corpus holds
 
-At the end stands what every command line of the lab shares.
+An alphabet is a string: its symbols, in the order of their codes from 2 on. What the command lines of all
+three scripts share stands at the end.
 """
 
 import argparse
 import copy
 import hashlib
+import io
 import os
 import re
 import shlex
 import string
+import subprocess
 import sys
+import traceback
 import unicodedata
 from collections import Counter
 from contextlib import suppress
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,56 +34,91 @@ CORPUS = Path(__file__).parent / "data" / "speeches.txt"
 RUNS = Path(__file__).parent / "runs"
 
 # ---------------------------------------------------------------------------------------- symbols
-
-PAD_IX = 0  # BLANK: fills a batch, never read nor predicted
+PAD_IX = 0  # BLANK: fills a batch up, is never learned nor predicted
 EOS_IX = 1  # opens and closes every sentence
 LETTRES = string.ascii_letters + string.punctuation + string.digits + " "
 id2lettre = {PAD_IX: "<PAD>", EOS_IX: "<EOS>", **dict(enumerate(LETTRES, start=2))}
 lettre2id = {lettre: code for code, lettre in id2lettre.items()}
 
-TYPOGRAPHY = str.maketrans({
-    **dict.fromkeys("‘’‚‛′´", "'"),
-    **dict.fromkeys("“”„‟″«»", '"'),
-    **dict.fromkeys("‐‑‒–−", "-"),
-    **dict.fromkeys("—―", "--"),
-    **{"…": "...", "œ": "oe", "Œ": "OE", "æ": "ae", "Æ": "AE"},
-})  # fmt: skip
+SIGNS = {"'": "‘’‚‛′´", '"': "“”„‟″«»", "-": "‐‑‒–−", "--": "—―", "...": "…"}
+TYPOGRAPHY = {sign: plain for plain, signs in SIGNS.items() for sign in signs}
+LETTERS = {"ae": "æ", "oe": "œ", "o": "ø", "l": "ł", "d": "đð", "th": "þ", "ss": "ß", "i": "ı"}
+CAPITALS = {"AE": "Æ", "OE": "Œ", "O": "Ø", "L": "Ł", "D": "ĐÐ", "Th": "Þ", "SS": "ẞ"}
+NOT_DECOMPOSED = {x: plain for plain, forms in (LETTERS | CAPITALS).items() for x in forms}  # by Unicode
+ASCII = re.compile("[ -~]+")  # all in LETTRES
 FRENCH_QUOTES = re.compile(r"(?<![^\s('’])«\s+|(?<!\s)\s+»(?!\w)")  # with the spaces inside them: « non »
-ACCENTS = re.compile("[\u0300-\u036f]")
-OTHER = re.compile(f"[^{re.escape(LETTRES)}]")
-SENTENCE_END = re.compile(r"""([.!?]["')\]}]*) """)  # before a space only: "3.5" ends nothing
+CLOSING = "[\"')\\]}」』）】]*"
+SENTENCE_END = re.compile(f"(?:[.!?؟۔।]|(?<=[Ͱ-Ͽἀ-῾]);){CLOSING}(?= |$)|[。！？]{CLOSING}")  # ; is Greek's ?
+TITLES = {"Mr", "Mrs", "Ms", "Dr", "Prof", "St", "Mme", "Mlle", "MM", "Gen", "Sen", "Rep", "Gov", "Lt", "Col"}
 
 
 class LabError(ValueError):
     """A mistake that the user can mend; its message is one line that says how."""
 
 
-def clean(text: str) -> tuple[str, Counter]:
-    """`text` in the symbols of `LETTRES`, and the characters dropped, counted.
+@lru_cache
+def codes_by_lettre(lettres: str) -> dict[str, int]:
+    """The code of each symbol of an alphabet."""
+    return {lettre: code for code, lettre in enumerate(lettres, start=2)}
 
-    Typographic signs become ASCII, letters lose their accents, a run of white space becomes one space.
+
+def composed(text: str) -> str:
+    """`text` with each letter and its accents as one character where there is one (NFC)."""
+    # In pieces where a letter may have many marks, since normalising those takes quadratic time.
+    pieces = re.findall(r"\w*\W{0,100}", text) if re.search(r"[^\w\s]{100}", text) else [text]
+    return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
+
+
+def lettres_of(text: str) -> str:
+    """The alphabet of a text: `LETTRES`, then what else it has at least five times, frequent ones first."""
+    counts = Counter(ASCII.sub("", composed(text)))
+    others = [char for char in counts if counts[char] >= 5 and char.isprintable() and char not in TYPOGRAPHY]
+    others.sort(key=lambda char: (-counts[char], char))
+    return LETTRES + "".join(others[:4000])  # each makes every step of training slower
+
+
+def folded(char: str, lettres: str) -> str:
+    """What stands for `char` in `lettres`: its compatible form, that without accents (ß: ss), or ""."""
+    if char.isspace():
+        return " "
+    base = [c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c)]
+    plain = "".join(c if c in lettres else NOT_DECOMPOSED.get(c, c) for c in base)
+    forms = [TYPOGRAPHY.get(char, char), unicodedata.normalize("NFKC", char), plain]
+    return next((form for form in forms if all(c in lettres for c in form)), "")
+
+
+def clean(text: str, lettres: str = LETTRES) -> tuple[str, Counter, Counter]:
+    """`text` in the symbols of `lettres`: what is none is `folded`, or dropped where nothing stands for it.
+
+    Returned with it are counts of the characters folded, but for typography and white space, and dropped.
     """
     if "«" in text:
         text = FRENCH_QUOTES.sub(lambda quote: quote[0].strip(), text)
-    text = unicodedata.normalize("NFD", text.translate(TYPOGRAPHY))
-    text = unicodedata.normalize("NFC", ACCENTS.sub("", text))
-    text = re.sub(r"[^\S ]", " ", text)
-    return re.sub("  +", " ", OTHER.sub("", text)), Counter(OTHER.findall(text))
+    text = composed(text)
+    counts = Counter(ASCII.sub("", text))
+    table = {char: folded(char, lettres) for char in counts if char not in codes_by_lettre(lettres)}
+    lost = [char for char in table if not char.isspace() and char not in TYPOGRAPHY]
+    changed = Counter({char: counts[char] for char in lost if table[char]})
+    dropped = Counter({char: counts[char] for char in lost if not table[char]})
+    replaced = f"[\0{re.escape(''.join(table))}]"  # ten times as fast as str.translate
+    return re.sub(replaced, lambda char: table[char[0]], text), changed, dropped
 
 
-def normalize(s: str) -> str:
-    """`s` as the model sees it: only symbols of `LETTRES` (see `clean`)."""
-    return clean(s)[0]
+def normalize(s: str, lettres: str = LETTRES) -> str:
+    """`s` as the model sees it: only symbols of `lettres` (see `clean`), white space as one space."""
+    return re.sub("  +", " ", clean(s, lettres)[0])
 
 
-def string2code(s: str) -> torch.Tensor:
+def string2code(s: str, lettres: str = LETTRES) -> torch.Tensor:
     """Codes of `normalize(s)`: (length,) int64."""
-    return torch.tensor([lettre2id[char] for char in normalize(s)], dtype=torch.int64)
+    codes = codes_by_lettre(lettres)
+    return torch.tensor([codes[char] for char in normalize(s, lettres)], dtype=torch.int64)
 
 
-def code2string(codes) -> str:
+def code2string(codes, lettres: str = LETTRES) -> str:
     """The text of a tensor or list of codes; BLANK and EOS have no text."""
-    return "".join(id2lettre[int(code)] for code in codes if code not in (PAD_IX, EOS_IX))
+    codes = codes.tolist() if isinstance(codes, torch.Tensor) else codes  # reading a tensor is slow
+    return "".join(lettres[code - 2] for code in codes if code > EOS_IX)
 
 
 # -------------------------------------------------------------------------- sentences and batches
@@ -92,36 +133,64 @@ def read_text(path) -> str:
     return text
 
 
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a clean text, and at last what stands after them.
+
+    None ends after an initial or a title, nor before a small letter.
+    """
+    ends = [0]
+    for end in SENTENCE_END.finditer(text):
+        sign = end[0][0]
+        word = re.search(r"\w*$", text[max(0, end.start() - 5) : end.start()])[0]
+        initial = len(word) == 1 and word.isupper() and word != "I"
+        abbreviated = sign == "." and (initial or word in TITLES)
+        following = text[end.end() : end.end() + 2].lstrip()[:1]
+        small = following != following.title()  # Georgian's small letters begin a sentence
+        if sign in "。！？" or not (abbreviated or small):
+            ends.append(end.end())
+    return [text[start:end].strip() for start, end in pairwise([*ends, len(text)])]
+
+
 class TextDataset(Dataset):
-    """The sentences of a text; item `i` is sentence `i` as int64 codes (length,), without EOS.
+    """The examples of a text; item `i` is `sentences[i]` as int64 codes (length,), without EOS.
 
-    A sentence ends with a run of . ! or ?, closing quotes included, before white space or the end.
-
-    maxsent  keep the first `maxsent` sentences (None: all)
-    maxlen   leave out longer sentences (None: none): a cut sentence would teach a false ending
-    lines    each line is an example, with or without a full stop
+    maxsent  keep the first `maxsent` examples (None: all)
+    maxlen   leave out longer ones (None: none): a cut sentence would teach a false ending
+    unit     what an example is: "sentence"; "line"; or "block", what stands between blank lines
+    lettres  the alphabet; for blocks, the line end is added
     """
 
-    def __init__(self, text: str, *, maxsent: int | None = None, maxlen: int | None = None, lines=False):
+    def __init__(self, text, *, maxsent=None, maxlen=None, unit="sentence", lettres=LETTRES):
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
-        cleaned, self.dropped = clean(text)
-        if lines:
-            sentences, rest = map(normalize, text.splitlines()), ""
-        else:
-            *sentences, rest = SENTENCE_END.sub(r"\1\n", cleaned + " ").split("\n")
-        sentences = [sentence for sentence in map(str.strip, sentences) if sentence]
-        short = [sentence for sentence in sentences if maxlen is None or len(sentence) <= maxlen]
+        self.unit = unit
+        self.lettres = lettres + "\n" if unit == "block" and "\n" not in lettres else lettres
+        rest = ""
+        if unit == "sentence":
+            text, self.folded, self.dropped = clean(text, lettres)
+            *examples, rest = sentences_of(re.sub("  +", " ", text))
+        else:  # spaces stay as they are, but those at a line's end
+            text = "\n".join(text.replace("\t", " " * 4).splitlines())
+            text, self.folded, self.dropped = clean(text, lettres + "\n")
+            examples = [line.rstrip() for line in text.split("\n")]
+        if unit == "block":
+            examples = [block.strip("\n") for block in re.split("\n\n+", "\n".join(examples))]
+        examples = [example for example in examples if example]
+        short = [example for example in examples if maxlen is None or len(example) <= maxlen]
         self.sentences = short[:maxsent]
         self.lengths = np.array([len(sentence) for sentence in self.sentences], dtype=np.int64)
-        self.unfinished = len(rest.strip())
-        self.too_long = len(sentences) - len(short)
-        self.beyond_maxsent = len(short) - len(self.sentences)
+        self.losses = {
+            "characters outside the alphabet": self.dropped.total(),
+            f"{unit}s longer than maxlen": len(examples) - len(short),
+            f"{unit}s beyond maxsent": len(short) - len(self.sentences),
+            "characters after the last sentence end": len(rest),
+        }
 
     def __len__(self) -> int:
         return len(self.sentences)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return torch.tensor([lettre2id[char] for char in self.sentences[i]])
+        codes = codes_by_lettre(self.lettres)
+        return torch.tensor([codes[char] for char in self.sentences[i]])
 
     def subset(self, indices) -> "TextDataset":
         """The sentences at `indices` as a dataset of their own."""
@@ -131,14 +200,25 @@ class TextDataset(Dataset):
         return chosen
 
     def left_out(self) -> str:
-        """In words, what of the text is not in the sentences."""
-        counts = {
-            "characters outside the alphabet": self.dropped.total(),
-            "sentences longer than maxlen": self.too_long,
-            "sentences beyond maxsent": self.beyond_maxsent,
-            "characters after the last sentence end": self.unfinished,
-        }
-        return ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count) or "nothing"
+        """In words, what of the text is not in the sentences as it stood."""
+        words = ", ".join(f"{count:,} {kind}" for kind, count in self.losses.items() if count) or "nothing"
+        return f"left out: {words}" + (f"; folded: {frequent(self.folded)}" if self.folded else "")
+
+
+def frequent(counts: Counter) -> str:
+    """The five most frequent characters of a count, in words."""
+    words = [f"{count:,} {printable(char)}" for char, count in counts.most_common(5)]
+    return ", ".join(words + ["…"] * (len(counts) > 5))
+
+
+def likely_unit(text: str) -> str:
+    """What a text seems to be made of: "line" or "block" where its lines are short and few end a sentence."""
+    lines = [line.strip() for line in text.strip()[:1_000_000].splitlines()]
+    full = [line for line in lines if line]
+    ended = sum(bool(re.search(f"[.!?؟۔।。！？]{CLOSING}$", line)) for line in full)
+    if np.median([len(line) for line in full]) > 50 or 3 * ended > len(full):
+        return "sentence"  # prose, wrapped or not
+    return "block" if len(lines) - len(full) > len(full) / 10 else "line"
 
 
 def pad_collate_fn(samples: list[torch.Tensor]) -> torch.Tensor:
@@ -153,8 +233,7 @@ def pad_collate_fn(samples: list[torch.Tensor]) -> torch.Tensor:
 class BucketSampler(Sampler):
     """Batches of indices for `DataLoader(batch_sampler=…)`: sentences of like length together.
 
-    shuffle  batches in random order, and lengths jittered by 2 %, so that sentences of like length meet
-             in other batches each epoch (`set_epoch`), as `seed` says; otherwise all by length
+    With `shuffle`, batches come in random order, other ones in each epoch (`set_epoch`), as `seed` says.
     """
 
     def __init__(self, lengths, batch_size: int, *, shuffle: bool = True, seed: int = 0):
@@ -172,17 +251,22 @@ class BucketSampler(Sampler):
 
     def __iter__(self):
         random = np.random.default_rng([self.seed, self.epoch])
-        sort_key = self.lengths
-        starts = np.arange(0, len(self.lengths), self.batch_size)
-        if self.shuffle:
-            sort_key = sort_key * (1 + 0.02 * random.random(len(sort_key), dtype=np.float32))
+        lengths = self.lengths
+        starts = np.arange(0, len(lengths), self.batch_size)
+        if self.shuffle:  # lengths up to 2 % longer, so that other sentences meet in each epoch
+            lengths = lengths * (1 + 0.02 * random.random(len(lengths), dtype=np.float32))
             random.shuffle(starts)
-        order = np.argsort(sort_key, kind="stable")
+        order = np.argsort(lengths, kind="stable")
         for start in starts:
             yield order[start : start + self.batch_size].tolist()
 
 
 # ------------------------------------------------------------------- what all command lines share
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):  # which may have what a terminal would obey
+        super().error(printable(message))
+
+
 def in_range(kind, low, high):
     """An argparse type: an int or float from `low` to `high`."""
 
@@ -196,54 +280,83 @@ def in_range(kind, low, high):
 
 
 def printable(text) -> str:
-    """`text` as one line that is safe on a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in str(text))
+    """`text` as one line that is safe on a terminal; a line end is shown as ⏎."""
+    return "".join(char if char.isprintable() else "?" for char in str(text).replace("\n", "⏎"))
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal each character of `text` takes at most: Chinese ones take two."""
+    return max((1 + (unicodedata.east_asian_width(char) in "WF") for char in text), default=1)
+
+
+def shortened(text: str, width: int) -> str:
+    """`text` as one line of at most `width` columns of a terminal; … stands for what does not fit."""
+    fits = width // columns(text)
+    return printable(text if len(text) <= fits else text[: fits - 1] + "…")
 
 
 def find_checkpoint(run: str | None, name: str) -> Path:
     """The checkpoint `name` of a run; without `run` of the one saved last, else of the reference LSTM."""
+    folder = Path(run or RUNS)
+    found = [*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]
+    files = sorted(file for file in found if file.is_file())
+    if run and (not files or Path(run, name).exists()):
+        return folder / name if folder.is_dir() else folder
     if run:
-        return Path(run) / name if Path(run).is_dir() else Path(run)
+        raise LabError(f"{run} is a folder of runs: name {' or '.join(str(file.parent) for file in files)}")
     reference = RUNS / "reference"
-    own = [file for file in RUNS.glob(f"**/{name}") if reference not in file.parents]
+    own = [file for file in files if reference not in file.parents]
     newest = max(own, key=lambda file: file.stat().st_mtime, default=reference / "lstm" / name)
     if not newest.exists():
         raise LabError(f"no run in {RUNS} yet: train one first with `python tp5.py --model lstm`")
     return newest
 
 
-def say_next(*commands: tuple[str, Path]) -> None:
-    """Print the next commands, each with the folder that it ends in, ready to be pasted."""
+def say_next(*commands: list) -> None:
+    """Print the next commands, each a list of words and paths, ready to be pasted."""
     print("Next:")
-    for command, folder in commands:
-        print(f"    {command} {shlex.quote(printable(folder))}")
+    for words in commands:
+        words = [word.absolute() if isinstance(word, Path) else word for word in words]
+        words = [printable(word).removeprefix(f"{Path.cwd()}{os.sep}") for word in words]
+        print("   ", subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words))
 
 
 def guard(main) -> None:
     """Call `main`; what a user can mend ends in one line on standard error and exit code 1."""
+    sys.stdout = sys.stdout or io.StringIO()  # where the shell has closed it
+    sys.stderr = sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except NotImplementedError as error:  # in a handout: "question 6: generate_beam"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        words = printable(error).replace(": ", " is not answered yet: ")
+        sys.exit(f"{words} in {Path(frame.filename).name}, line {frame.lineno}")
     except (LabError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # nobody reads on: else Python's exit fails again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # nobody reads on: else Python's exit fails again
         sys.exit(f"{Path(sys.argv[0]).name}: {printable(error)}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show the handout's example, then what a corpus holds.")
+    parser = ArgumentParser(description="Show the handout's example, then what a corpus holds.")
     parser.add_argument("data", nargs="?", default=CORPUS, metavar="PATH", help="a UTF-8 text file")
     options = parser.parse_args()
     batch = pad_collate_fn([*TextDataset("C'est. Un. Test.")])
     print(f"The handout's example as a {batch.shape[0]} × {batch.shape[1]} batch:\n{batch}")
     print(f"and back: {[code2string(column) for column in batch.T]}\n")
-    dataset = TextDataset(read_text(options.data))
-    print(f"{printable(options.data)}: {len(dataset):,} sentences, left out: {dataset.left_out()}")
-    for char, count in dataset.dropped.most_common(10):
-        print(f"    {count:,} × {printable(char)} {unicodedata.name(char, f'U+{ord(char):04X}')}")
+    text = read_text(options.data)
+    dataset = TextDataset(text, lettres=lettres_of(text))
+    print(f"{printable(options.data)}: {len(dataset):,} sentences, {dataset.left_out()}")
+    print(f"alphabet: {printable(dataset.lettres)}")
+    for char, count in (dataset.folded + dataset.dropped).most_common(20):
+        form = folded(char, dataset.lettres)
+        name = unicodedata.name(char, f"U+{ord(char):04X}")
+        print(f"    {count:,} × {printable(char)} {name}: {f'folded to {form}' if form else 'dropped'}")
 
 
 if __name__ == "__main__":
