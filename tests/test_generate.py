@@ -1,73 +1,17 @@
 """Questions 3, 6 and 7: every decoder, against enumeration of all sentences of a toy alphabet."""
 
-import itertools
 import math
 from collections import Counter
-from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import CELLS, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from toys import LETTERS, MAXLEN, enumerated, every_cell, letters, small_search, table_model, toy, toys
 
 from generate import generate, generate_beam, generate_exact, p_nucleus, score, search_error
 from textloader import EOS_IX
-
-LETTERS = "abc"
-MAXLEN = 5  # symbols: up to four letters and EOS
-EVERY_CELL = list(itertools.product(CELLS, ("ours", "torch")))
-every_cell = pytest.mark.parametrize(("cell", "library"), EVERY_CELL)
-toys = st.builds(lambda kind, seed: toy(*kind, seed=seed), st.sampled_from(EVERY_CELL), st.integers(0, 999))
-
-
-def letters(codes) -> str:
-    """The text of codes of a, b, c."""
-    return "".join(LETTERS[code - 2] for code in codes)
-
-
-def enumerated(model, start="", alpha=1.0, min_length=0):
-    """(log-probability, text) of every possible sentence of at most MAXLEN symbols, best first.
-
-    By the chain rule, symbol by symbol, from full forward passes over all sentences of a length.
-    """
-    rnn, emb, decoder = model
-    prompt, found = [EOS_IX, *(LETTERS.index(c) + 2 for c in start)], []
-    for length in range(min_length, MAXLEN):
-        texts = list(itertools.product(range(2, 5), repeat=length))
-        output, _ = rnn(emb(torch.tensor([[*prompt, *text] for text in texts]).T))
-        probs = decoder(output[len(prompt) - 1 :])[..., 1:].softmax(-1).tolist()  # BLANK is never predicted
-        for column, text in enumerate(texts):
-            log_prob = 0.0
-            for step, code in enumerate([*text, EOS_IX]):
-                p, mass, kept = probs[step][column], 0.0, []
-                for symbol in sorted(range(4), key=lambda s: -p[s]):
-                    if mass < alpha:
-                        kept.append(symbol)
-                        mass += p[symbol]
-                log_prob += math.log(p[code - 1] / mass) if code - 1 in kept else -math.inf
-            found.append((log_prob, letters(text)))
-    return sorted((pair for pair in found if pair[0] > -math.inf), reverse=True)
-
-
-class LastSymbol(nn.Module):
-    """A cell without memory, called like `torch.nn`'s: the next symbol depends on the last one only."""
-
-    def forward(self, x, state=None):
-        return x, x[-1:]
-
-
-def table_model(*rows):
-    """P(next | last) by hand: rows after EOS, a, b …, over EOS, a, b …"""
-    size = 1 + len(rows[0])
-    table = torch.zeros(size, size)
-    table[1 : 1 + len(rows), 1:] = torch.tensor(rows)
-    emb, decoder = nn.Embedding(size, size), nn.Linear(size, size, bias=False)
-    with torch.no_grad():
-        emb.weight.copy_(torch.eye(size))
-        decoder.weight.copy_(table.T.clamp_min(1e-30).log())
-    return LastSymbol(), emb, decoder
 
 
 def symbols_read(rnn):
@@ -239,7 +183,7 @@ def test_wide_beam_finds_the_enumerated_order(cell, library, alpha):
         assert all(len(h.text) == MAXLEN for h in found[len(ended) :])  # the cut ones come last
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(toys, st.integers(1, 20), st.integers(1, 20), st.sampled_from((1.0, 0.8, 0.6)), st.integers(0, 3))
 def test_certificate_is_never_wrong(model, k, n, alpha, min_length):
     """Whatever the search did not return is at most `gap` better than each sentence that it did return."""
@@ -292,17 +236,12 @@ def test_a_cell_with_another_one_step_is_called_like_torchs(base):
 # ------------------------------------------------------------------------------------- exact search
 
 
-def exactly(model, start, maxlen, batch=512, **options):
-    """Exact search that begins with a beam of one, which does not find all by itself in so small a world."""
-    with patch.multiple("generate", FIRST_BEAM=1, BATCH=batch):
-        return generate_exact(*model, EOS_IX, start, maxlen, **options)
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(toys, st.sampled_from(("", "b")), st.sampled_from((1.0, 0.8)), st.integers(0, 3), st.integers(1, 9))
 def test_exact_search_finds_the_likeliest(model, start, alpha, min_length, batch):
     truth = enumerated(model, start, alpha, min_length)
-    found = exactly(model, start, MAXLEN, batch, min_length=min_length, alpha=alpha)
+    with small_search(batch):
+        found = generate_exact(*model, EOS_IX, start, MAXLEN, min_length=min_length, alpha=alpha)
     ended = [h for h in found if h.ended]
     assert [h.text for h in ended] == [text for _, text in truth[:1]]
     for h in ended:
@@ -310,12 +249,13 @@ def test_exact_search_finds_the_likeliest(model, start, alpha, min_length, batch
         assert h.log_prob == pytest.approx(score(*model, EOS_IX, h.text, start))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(toys, st.integers(1, 40), st.integers(1, 5))
 def test_exact_search_out_of_budget_tells_how_far_it_may_be(model, budget, batch):
     truth, calls = {text: p for p, text in enumerated(model)}, symbols_read(model[0])
     best = max(truth.values())
-    [h] = exactly(model, "", MAXLEN, batch, budget=budget)
+    with small_search(batch):
+        [h] = generate_exact(*model, EOS_IX, "", MAXLEN, budget=budget)
     assert best <= h.score + h.gap + 1e-9
     assert not h.ended or (h.score <= best + 1e-9 and h.log_prob == pytest.approx(truth[h.text]))
     assert not (h.ended and h.gap == 0) or h.text == max(truth, key=truth.get)
@@ -331,7 +271,8 @@ def test_table_by_hand():
     assert one.gap == pytest.approx(math.log(0.4 / (0.6 * 0.5)))
     [best] = generate_exact(*model, EOS_IX, "", 2)
     assert (best.text, best.gap) == ("b", 0) and best.log_prob == pytest.approx(math.log(0.36))
-    [early] = exactly(model, "", 2, budget=1)  # b is not yet read
+    with small_search():
+        [early] = generate_exact(*model, EOS_IX, "", 2, budget=1)  # b is not yet read
     assert early.gap == pytest.approx(math.log(0.6) - early.log_prob)
     assert search_error(*model, EOS_IX, 1, "b", "", 2) == 1
     # with two beams: a 0.6, b 0.4; then b. 0.36, aa 0.3 live on, ab 0.18 and a. 0.12 are lost
@@ -342,7 +283,7 @@ def test_table_by_hand():
     assert [(h.text, h.ended, h.gap) for h in found] == [("b", True, 0), ("aa", False, 0)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(toys, st.integers(1, 8), st.integers(0, 2))
 def test_search_error_agrees_with_the_search(model, k, min_length):
     """None where the beam returns the sentence; else the step."""

@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+import sys
 
 import pytest
 from conftest import command, here, refused
@@ -10,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import textloader
-from generate import generate_exact, score, search_error
-from textloader import EOS_IX, find_checkpoint
+from generate import generate_exact, parts, score, search_error
+from textloader import find_checkpoint
 from tp5 import load
 
 FACTS = (
-    r"^  (.*?)( …)?\n    (-[\d.]+) nats,(?: (-[\d.]+) with the options,)? ([\d.]+) bits per character, "
+    r"^  (.*?)( \[cut\])?\n    (-[\d.]+) nats,(?: (-[\d.]+) with the options,)? ([\d.]+) bits per character, "
     r"([^\n]*(?:\n    (?:another|proved)[^\n]*)?)$"
 )
 
@@ -31,11 +32,6 @@ def written(runs):
         return result.stdout
 
     return run
-
-
-def parts(runs, model="lstm"):
-    loaded = load(runs / model / "best.pt").model
-    return loaded.rnn, loaded.emb, loaded.decoder, EOS_IX
 
 
 def test_every_decoder_side_by_side(runs, tmp_path):
@@ -67,7 +63,7 @@ def test_printed_scores_are_those_of_a_full_pass(runs, options, model, count, wr
     assert len(found) == count
     for sentence, cut, log_prob, narrowed, bits, rest in found:
         text = sentence.removeprefix("They ")
-        expected = score(*parts(runs, model), text, "They ", ended=not cut)
+        expected = score(*parts(load(runs / model / "best.pt").model), text, "They ", ended=not cut)
         assert float(log_prob) == pytest.approx(expected, abs=0.006)
         assert float(bits) == pytest.approx(-expected / math.log(2) / (len(text) + (not cut)), abs=0.006)
         assert narrowed == "" or float(narrowed) > float(log_prob)
@@ -88,6 +84,15 @@ def test_the_users_own_run_speaks_first(runs, tmp_path, monkeypatch):
     assert here("generate.py", "--greedy").stdout.startswith(f"{own}: rnn")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
+def test_what_is_no_run_is_not_the_newest(runs, tmp_path, monkeypatch):
+    """A folder named best.pt; a run behind a symbolic link is one."""
+    monkeypatch.setattr(textloader, "RUNS", tmp_path / "runs")
+    (tmp_path / "runs" / "later" / "best.pt").mkdir(parents=True)
+    (tmp_path / "runs" / "linked").symlink_to(runs / "rnn")
+    assert find_checkpoint(None, "best.pt") == tmp_path / "runs" / "linked" / "best.pt"
+
+
 def test_same_seed_same_sentences(written):
     first, again, other = (written("--sample", "-n", "3", "--seed", seed) for seed in (3, 3, 4))
     assert first == again
@@ -97,7 +102,7 @@ def test_same_seed_same_sentences(written):
 
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_exact_search_says_where_a_beam_loses(runs, written, k):
-    arguments = parts(runs)
+    arguments = parts(load(runs / "lstm" / "best.pt").model)
     output = written("--exact", k, "--maxlen", "40", "--start", "They saw ")
     [best] = generate_exact(*arguments, "They saw ", 40)
     assert best.gap == 0 and f"  They saw {best.text}\n" in output and "proved" in output
@@ -123,6 +128,7 @@ def test_exact_search_out_of_budget_says_how_far_it_may_be(written):
     ("arguments", "words"),
     [
         ("--beam 0", "--beam: from 1"),
+        ("--beam 2 --length-penalty -1", "--length-penalty: from 0 to 10"),
         ("--nucleus 1.1", "--nucleus: to 1"),
         ("--nucleus nan", "--nucleus: no float"),
         ("--top-k 0", "--top-k: from 1"),
@@ -132,9 +138,22 @@ def test_exact_search_out_of_budget_says_how_far_it_may_be(written):
         ("--greedy --sample", "--greedy"),
         ("--greedy -n 2", "-n"),
         ("--greedy --temperature 2", "--temperature: --greedy"),
+        ("--greedy --seed 3", "--seed: --greedy: --sample"),
+        ("--greedy --nucleus 0.9", "--nucleus: for --sample, --beam, --exact"),
+        ("--beam 3 --seed 3", "--seed: --beam: for --sample"),
+        ("--exact --length-penalty 1", "--length-penalty: --exact: for --beam"),
+        ("--sample --tree", "--tree: --sample: for --beam, --exact"),
+        ("--sample --budget 3", "--budget: for --exact"),
+        ("--score x --maxlen 3", "--maxlen: --score"),
+        ("--score x --plain", "--plain: --score"),
+        ("--score x --temperature 2", "--temperature: --score"),
+        ("--score x --beam 2", "--beam: --score"),
+        ("--beam 2 --plain --tree", "--tree: --plain"),
+        ("--tree", "--tree needs a decoder"),
+        ("--plain", "--plain needs a decoder"),
         ("--exact --budget -1", "--budget"),
         ("--beam 3 --budget 9", "--budget: --beam"),
-        ("--sample --min-length 3", "--min-length"),
+        ("--sample --min-length 3", "--min-length: for --beam, --exact"),
         ("-n 2", "-n: needs a decoder"),
         ("--nucleus 0.9", "--nucleus: needs a decoder"),
     ],
@@ -144,12 +163,13 @@ def test_bad_options(arguments, words):
 
 
 def test_mistakes_end_in_one_line(runs):
-    refused(here("generate.py", "--checkpoint", "missing\x1b[31m.pt"), "cannot read", "No such file")
+    refused(here("generate.py", "--checkpoint", "missing\x1b[31m.pt"), "cannot read", "such file")
     refused(here("generate.py", "--checkpoint", "x" * 5000), "too long")
-    refused(here("generate.py", "--checkpoint", __file__), "as a checkpoint")
+    refused(here("generate.py", "--checkpoint", __file__), "no checkpoint of this version")
     refused(here("generate.py", "--checkpoint", runs / "rnn", "--start", "中\x1b[31m"), "alphabet", "中")
-    impossible = ("--exact", "--min-length", "9", "--maxlen", "9")
-    refused(here("generate.py", "--checkpoint", runs / "rnn", *impossible), "min_length 9", "maxlen 9")
+    for decoder, words in (("--exact", ""), ("--beam=2", "--beam")):
+        impossible = here("generate.py", "--checkpoint", runs / "rnn", decoder, "--min-length", "9", "--maxlen", "9")
+        refused(impossible, words, "min_length 9", "maxlen 9")
 
 
 NAMES = st.sampled_from(["beam", "nucleus", "temperature", "top-k", "min-length", "n", "seed", "start"])
@@ -157,7 +177,7 @@ VALUES = st.sampled_from(["", "0", "1", "3", "-1", "0.5", "nan", "1e400", "٣", 
 FLAGS = st.sampled_from(["--greedy", "--sample", "--exact"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_options_work_or_are_refused(runs, data):
     named = data.draw(st.lists(st.tuples(NAMES, VALUES), max_size=4))
@@ -167,5 +187,5 @@ def test_any_options_work_or_are_refused(runs, data):
     if result.returncode:
         refused(result, code=result.returncode)
     else:
-        assert re.search(r" nats, |nothing: ", result.stdout) and result.stderr == ""
+        assert " nats, " in result.stdout and result.stderr == ""
         assert all(c.isprintable() or c == "\n" for c in result.stdout)
