@@ -3,16 +3,16 @@
     python tp5.py --model lstm                   # or all: the three cells, then a comparison
     tensorboard --logdir runs
 
-First the lab: loss, cells, model, optimiser, corpus, training. Then what stands around it: checkpoints,
-monitoring, a trained model inside, comparing, command line.
-
+First the lab: loss, cells, model, optimiser, corpus, training. Then, each for itself, what is around it.
 Shapes: T length, B batch, E embedding, H hidden, V symbols, G gates; time comes first. Losses in nats.
 """
 
 import argparse
 import ctypes
+import io
 import math
 import os
+import pickletools
 import re
 import shutil
 import sys
@@ -27,15 +27,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from generate import DECODERS, codes_of, decode
 from generate import command_parser as decoder_parser
-from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, RUNS, BucketSampler, LabError, TextDataset
-from textloader import code2string, find_checkpoint, guard, id2lettre, in_range, pad_collate_fn
-from textloader import printable, read_text, say_next, string2code
+from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, RUNS, ArgumentParser, BucketSampler, LabError
+from textloader import TextDataset, code2string, find_checkpoint, frequent, guard, in_range, lettres_of
+from textloader import likely_unit, pad_collate_fn, printable, read_text, say_next, shortened
 
 
 # ------------------------------------------------------------------------------------------- loss
@@ -78,13 +79,12 @@ class Cell(nn.Module):
 
     def one_step(self, projected, *states) -> dict[str, torch.Tensor]:
         """From `projected` (B, G·H) and the states (B, H): the new states, and gates to look at, by name."""
-        raise NotImplementedError(f"{type(self).__name__}.one_step")
+        raise NotImplementedError(f"this cell: {type(self).__name__}.one_step")
 
     def unroll(self, projected, states=None, steps: list | None = None):
         """All time steps: projected (T, B, G·H) → every h (T, B, H), and the states after the last step.
 
-        states  a tuple of (B, H); None: zeros
-        steps   a list that gets what each `one_step` returns
+        `states` is a tuple of (B, H), None: zeros; the list `steps` gets what each `one_step` returns.
         """
         if states is None:
             states = (projected.new_zeros(projected.shape[1], self.hidden_size),) * len(self.states)
@@ -108,8 +108,7 @@ class RNN(Cell):
     gates = ("h",)
 
     def one_step(self, projected, h):
-        h = torch.tanh(projected + h @ self.hidden_weight.T)
-        return {"h": h}
+        return {"h": torch.tanh(projected + h @ self.hidden_weight.T)}
 
 
 class LSTM(Cell):
@@ -137,7 +136,7 @@ class LSTM(Cell):
         C = f * C + i * candidate
         o = torch.sigmoid(o)
         h = o * torch.tanh(C)
-        return {"h": h, "C": C, "f": f, "i": i, "candidate": candidate, "o": o}
+        return {"f": f, "i": i, "candidate": candidate, "o": o, "C": C, "h": h}
 
 
 class GRU(Cell):
@@ -160,7 +159,7 @@ class GRU(Cell):
         r = torch.sigmoid(x_r + h @ W_r.T)
         candidate = torch.tanh(x_candidate + (r * h) @ W_candidate.T)
         h = (1 - z) * h + z * candidate
-        return {"h": h, "z": z, "r": r, "candidate": candidate}
+        return {"z": z, "r": r, "candidate": candidate, "h": h}
 
 
 CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
@@ -170,18 +169,16 @@ CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
 class CharModel(nn.Module):
     """Question 4: embedding, cell, and a linear decoder from hidden state to logits."""
 
-    def __init__(self, cell: str, embedding_size: int, hidden_size: int):
+    def __init__(self, cell: str, embedding_size: int, hidden_size: int, lettres: str = LETTRES):
         super().__init__()
         self.cell = cell  # its name
-        self.emb = nn.Embedding(len(id2lettre), embedding_size)
+        self.emb = nn.Embedding(len(lettres) + 2, embedding_size)  # BLANK and EOS, too
+        self.emb.lettres = lettres  # for the decoders
         self.rnn = CELLS[cell](embedding_size, hidden_size)
-        self.decoder = nn.Linear(hidden_size, len(id2lettre))
+        self.decoder = nn.Linear(hidden_size, len(lettres) + 2)
 
     def forward(self, targets, steps: list | None = None):
-        """Targets (T, B), each sentence closed by EOS → logits (T, B, V) that predict exactly those.
-
-        steps  a list that gets the cell's states and gates at each time step, see `Cell.unroll`
-        """
+        """Targets (T, B), each sentence closed by EOS → logits (T, B, V) of them; `steps` as in `unroll`."""
         inputs = F.pad(targets[:-1], (0, 0, 1, 0), value=EOS_IX)  # EOS opens
         table = self.rnn.project(self.emb.weight)  # (V, G·H): a look-up in it is project(emb(inputs))
         output, _ = self.rnn.unroll(F.embedding(inputs, table), steps=steps)  # (T, B, H)
@@ -189,7 +186,6 @@ class CharModel(nn.Module):
 
 
 # -------------------------------------------------------------------------------------- optimiser
-
 # Each aσ + bσ³ + cσ⁵ after the other: σ in [0.01, 1] comes to 1 ± 0.27 (cf. Polar Express, Amsel et al. 2025)
 QUINTICS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
@@ -223,9 +219,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for W in group["params"]:
-                if W not in self.state:
-                    self.state[W] = {"momentum": torch.zeros_like(W)}
-                M = self.state[W]["momentum"].lerp_(W.grad, 0.05)
+                M = self.state[W].setdefault("momentum", torch.zeros_like(W))
+                M.lerp_(W.grad, 0.05)
                 update = orthogonal(W.grad.lerp(M, 0.95))
                 W.mul_(1 - 0.1 * group["lr"])
                 W.sub_(update, alpha=group["lr"] * max(1, W.shape[0] / W.shape[1]) ** 0.5)
@@ -249,9 +244,9 @@ def schedule(step: int, steps: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------- corpus
-
 # torchrun starts WORLD processes, each for its shard of every batch; number 0 alone prints and writes.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK") or 0)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def all_reduce(*numbers: float) -> list[float]:
@@ -262,23 +257,17 @@ def all_reduce(*numbers: float) -> list[float]:
     return sums.tolist()
 
 
-def load_corpus(options) -> tuple[TextDataset, TextDataset]:
-    """The sentences to train on and to validate (a tenth, drawn by seed); says what was left out."""
-    text = read_text(CORPUS if options.data is None else options.data)
-    name = printable(options.data or CORPUS.name)
-    dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen, lines=options.lines)
-    count, left_out = len(dataset), f"left out: {dataset.left_out()}"
-    if count < 2:
-        rule = "a sentence ends with . ! or ?; with --lines, each line is an example"
-        raise LabError(f"{name} has {count} sentence(s), training needs 2: {rule} ({left_out})")
-    held_out = max(1, count // 10)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed)).numpy()
-    print(f"{name}: {count:,} sentences, {count - held_out:,} to train on, {held_out:,} to validate")
-    print(textwrap.fill(left_out, 79, subsequent_indent="  "))
-    lost = dataset.dropped.total() / len(text)
-    if count < 1000 or lost > 0.1:
-        little = f"{count:,} sentences, {lost:.0%} of the characters left out"
-        print(f"warning: little to learn from: {little}", file=sys.stderr)
+def load_corpus(options, lettres: str | None = None, sha256: str | None = None):
+    """Two TextDatasets, to train on and to validate (a tenth, drawn by seed); LabError if not of `sha256`."""
+    text = read_text(options.data)
+    unit = "line" if options.lines else "block" if options.blocks else "sentence"
+    lettres = lettres or lettres_of(text)
+    dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen, unit=unit, lettres=lettres)
+    describe(dataset, text, Path(options.data).name)
+    if sha256 not in (None, dataset.sha256):
+        raise LabError("this run was trained on another text: name it with --data")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed)).numpy()
+    held_out = len(dataset) // 10
     return dataset.subset(order[:-held_out]), dataset.subset(order[-held_out:])
 
 
@@ -309,18 +298,17 @@ class Progress:
 
     def count(self, nats: float, symbols: float, norm: float) -> None:
         """Count what a step returned; LabError at the third in a row that was not finite."""
-        finite = math.isfinite(nats + norm)
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == 3:
-            problem = "at three steps in a row, the loss or its gradient was not finite"
-            raise LabError(f"{problem}: train anew with a smaller --lr, or with --clip 1")
-        if finite:
+        if math.isfinite(nats + norm):
             self.nats += nats
             self.symbols += symbols
             self.recent_nats += nats
             self.recent_symbols += symbols
-        else:
-            self.skipped += 1
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == 3:
+            raise LabError("three steps in a row were not finite: train anew with a smaller --lr or --clip 1")
 
 
 @dataclass
@@ -336,15 +324,17 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
 
-def new_run(arguments: list[str], sha256: str) -> Run:
-    """A run before its first step, on the corpus with this SHA-256; the seed makes its weights."""
+def new_run(arguments: list[str], corpus: TextDataset) -> Run:
+    """A run before its first step; the seed makes its weights, or they are those of the run `--init`."""
     options = run_options(arguments)
     torch.manual_seed(options.seed)
-    model = CharModel(options.model, options.embedding, options.hidden)
+    model = CharModel(options.model, options.embedding, options.hidden, corpus.lettres)
     model.rnn.hidden_weight.data *= options.recurrent_scale
+    if options.init:
+        model.load_state_dict(load(Path(options.init), "--device=cpu").model.state_dict())
     model.to(options.device)
     batch_size = options.batch_size * WORLD
-    return Run(arguments, options, batch_size, sha256, model, make_optimizers(model, options))
+    return Run(arguments, options, batch_size, corpus.sha256, model, make_optimizers(model, options))
 
 
 def train_step(run: Run, model, batch, lr: float, mean_symbols: float, steps: list | None = None):
@@ -353,8 +343,6 @@ def train_step(run: Run, model, batch, lr: float, mean_symbols: float, steps: li
     model         `run.model`, or that in DistributedDataParallel, which averages gradients over processes
     mean_symbols  of a batch: the loss is over these, so that each symbol counts alike, in any batch
     steps         a list that gets the cell's states and gates
-
-    Nothing is learned where loss or gradient are not finite.
     """
     symbols = (batch != PAD_IX).sum()
     nats = maskedCrossEntropy(model(batch, steps), batch, PAD_IX) * symbols
@@ -362,7 +350,7 @@ def train_step(run: Run, model, batch, lr: float, mean_symbols: float, steps: li
     (nats * WORLD / mean_symbols).backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip or math.inf).item()
     nats, symbols = all_reduce(nats.item(), symbols.item())
-    if math.isfinite(nats + norm):
+    if math.isfinite(nats + norm):  # else nothing is learned
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -374,7 +362,8 @@ def train_step(run: Run, model, batch, lr: float, mean_symbols: float, steps: li
 def evaluate(model, loader, device) -> float:
     """Nats per symbol (EOS included, BLANK excluded) over all batches of `loader`, in every process."""
     model.eval()
-    nats, symbols = 0.0, 0
+    nats = 0.0
+    symbols = 0
     for batch in loader:
         count = int((batch != PAD_IX).sum())
         batch = batch.to(device)
@@ -387,14 +376,13 @@ def evaluate(model, loader, device) -> float:
 
 def train(run: Run, folder: Path, train_set: TextDataset, valid_set: TextDataset) -> None:
     """Go on with a run, from wherever it stands to the last step of its last epoch; save it in `folder`."""
-    options, progress = run.options, run.progress
+    options = run.options
+    progress = run.progress
     model = nn.parallel.DistributedDataParallel(run.model) if WORLD > 1 else run.model
     epoch_steps = math.ceil(len(train_set) / run.batch_size)
     total_steps = options.epochs * epoch_steps
     mean_symbols = (train_set.lengths + 1).sum().item() / epoch_steps  # EOS included
     monitor = Monitor(run, folder, epoch_steps, total_steps, mean_symbols)
-    if progress.step == 0:
-        save(run, folder / "last.pt")  # a run killed before its next save can be resumed as well
     while progress.step < total_steps:
         epoch, first = divmod(progress.step, epoch_steps)
         for batch in batches(train_set, run.batch_size, seed=options.seed, epoch=epoch, first=first):
@@ -404,17 +392,19 @@ def train(run: Run, folder: Path, train_set: TextDataset, valid_set: TextDataset
             steps = [] if monitor.due(options.histograms_every) else None
             nats, symbols, norm = train_step(run, model, batch, lr, mean_symbols, steps)
             progress.count(nats, symbols, norm)
-            progress.seconds += time.perf_counter() - since
+            seconds = time.perf_counter() - since
+            progress.seconds += seconds
             monitor.step(batch, lr, norm, steps)
             progress.step += 1
-            if monitor.save_is_due() and progress.step % epoch_steps:  # at its end, an epoch saves anyway
+            due = progress.seconds % (options.save_every or math.inf) < seconds
+            if due and progress.step % epoch_steps:  # not between an epoch and its validation
                 save(run, folder / "last.pt")
-
         valid_loss = evaluate(run.model, batches(valid_set, run.batch_size), options.device)
         if not math.isfinite(valid_loss):  # the last good checkpoint stays
             raise LabError("the validation loss is not finite: train anew with a smaller --lr")
         progress.train_loss = progress.nats / max(progress.symbols, 1)
-        progress.nats, progress.symbols = 0.0, 0
+        progress.nats = 0.0
+        progress.symbols = 0.0
         monitor.epoch(epoch, valid_loss)
         if valid_loss < progress.best_loss:
             progress.best_loss = valid_loss
@@ -424,7 +414,11 @@ def train(run: Run, folder: Path, train_set: TextDataset, valid_set: TextDataset
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-FORMAT = 8  # the version of what `save` writes
+FORMAT = 9  # the version of what `save` writes; its types:
+CONTENT = {"format": int, "alphabet": str, "arguments": list, "batch_size": int, "sha256": str,
+           "weights": dict, "moments": list, "progress": dict}  # fmt: skip
+# All that the pickle in a checkpoint may name; code and large objects need others.
+PICKLED = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
 
 
 def save(run: Run, file: Path) -> None:
@@ -433,7 +427,7 @@ def save(run: Run, file: Path) -> None:
         return
     checkpoint = {
         "format": FORMAT,
-        "alphabet": LETTRES,
+        "alphabet": run.model.emb.lettres,
         "arguments": run.arguments,
         "batch_size": run.batch_size,
         "sha256": run.sha256,
@@ -441,161 +435,180 @@ def save(run: Run, file: Path) -> None:
         "moments": [optimizer.state_dict()["state"] for optimizer in run.optimizers],
         "progress": asdict(run.progress),
     }
+    content = io.BytesIO()  # a full disk or Ctrl-C within torch.save would be a RuntimeError
+    torch.save(checkpoint, content)
     half = file.with_name(f"{file.name}.half")
     with open(half, "wb") as stream:
-        torch.save(checkpoint, stream)
+        stream.write(content.getbuffer())
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(half, file)
 
 
+def read_checkpoint(file: Path) -> dict:
+    """What `save` wrote; an exception, of any kind, if it is damaged, edited or of another version."""
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError("there is no such file")
+    with zipfile.ZipFile(file) as archive:  # compressed, a small file could fill the memory
+        if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
+            raise ValueError("compressed, or a wrong checksum")
+        pickle = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+    if not {name for opcode, name, _ in pickletools.genops(pickle) if "GLOBAL" in opcode.name} <= PICKLED:
+        raise ValueError("code")
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if {name: type(value) for name, value in content.items()} != CONTENT:
+        raise ValueError("of another program")
+    lettres = content["alphabet"]
+    sound = (
+        content["format"] == FORMAT
+        and {name: type(value) for name, value in content["progress"].items()} == Progress.__annotations__
+        and all(type(argument) is str for argument in content["arguments"])
+        and all(weight.is_contiguous() and weight.isfinite().all() for weight in content["weights"].values())
+        and lettres.startswith(LETTRES)
+        and len(set(lettres)) == len(lettres)
+        and lettres.replace("\n", "").isprintable()
+        and 0 <= content["progress"]["step"] < 10**9
+        and 0 < content["batch_size"] < 10**9
+    )
+    if not sound:
+        raise ValueError("edited, or of another version")
+    return content
+
+
 def load(file: Path, *more: str) -> Run:
     """The run in a checkpoint, `more` arguments added to those of its command line.
 
-    Runs nothing that is in it; LabError if it is not a whole one of ours.
+    LabError if it is not a whole one of ours, of this version.
     """
     try:
-        with zipfile.ZipFile(file) as archive:  # compressed, a small file could fill the memory
-            if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
-                raise ValueError("its records are compressed, or a checksum is wrong")
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        if (content["format"], content["alphabet"]) != (FORMAT, LETTRES):
-            raise ValueError("it is of another format or alphabet of this program: train again")
-        kinds = {"arguments": list, "batch_size": int, "sha256": str, "weights": dict, "moments": list}
-        if any(type(content[name]) is not kind for name, kind in kinds.items()):
-            raise ValueError("its entries are of other types")
-        if not all(isinstance(argument, str) for argument in content["arguments"]):
-            raise ValueError("its arguments are no text")
-        arguments, weights = [*content["arguments"], *more], content["weights"]
+        content = read_checkpoint(file)
+        arguments = [*content["arguments"], *more]
         options = run_options(arguments)
-        with torch.device("meta"):  # shapes without memory
-            model = CharModel(options.model, options.embedding, options.hidden)
-        model.load_state_dict(weights, assign=True)
-        plain = (
-            w.dtype == torch.float32 and w.is_contiguous() and w.isfinite().all() for w in weights.values()
-        )
-        if not all(plain):
-            raise ValueError("its weights are not finite numbers")
-        model.to(options.device)  # before the optimisers, whose state goes where the parameters are
+        with torch.device("meta"):  # shapes alone: what is in them comes from the file
+            model = CharModel(options.model, options.embedding, options.hidden, content["alphabet"])
+        model.to_empty(device=options.device).load_state_dict(content["weights"])
         optimizers = make_optimizers(model, options)
         for optimizer, moments in zip(optimizers, content["moments"], strict=True):
-            restore(optimizer, moments)
-        types = {name: type(default) for name, default in asdict(Progress()).items()}
-        progress = Progress(**{name: types[name](value) for name, value in content["progress"].items()})
-        if progress.step < 0 or not 0 < content["batch_size"] < 10**9:
-            raise ValueError("its step or batch size is out of range")
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+            for parameter, state in optimizer.state.items():  # of Muon, or of AdamW
+                shapes = [moment.shape for moment in state.values() if moment.is_contiguous()]
+                wanted = ([parameter.shape], [(), parameter.shape, parameter.shape])
+                if shapes not in wanted or state.get("step", 0) < 0:
+                    raise ValueError("edited")
+        progress = Progress(**content["progress"])
         return Run(arguments, options, content["batch_size"], content["sha256"], model, optimizers, progress)
-    except LabError:
-        raise
-    except Exception as error:  # whatever zipfile, torch or our own lines meet
-        raise LabError(f"cannot read {file} as a checkpoint of this lab: {error!r:.150}") from None
-
-
-def restore(optimizer, moments: dict) -> None:
-    """Give an optimiser its state back; ValueError unless it has the shapes of the parameters."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-    names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-    for parameter, state in optimizer.state.items():
-        shapes = dict.fromkeys(names, parameter.shape) | {"step": torch.Size()}
-        fit = (
-            moment.shape == shapes[name] and moment.dtype == torch.float32 and moment.is_contiguous()
-            for name, moment in state.items()
-        )
-        if state.keys() != names or not all(fit) or not state.get("step", 0) >= 0:
-            raise ValueError("the optimiser's moments do not fit its parameters")
-
-
-def corpus_of(run: Run) -> tuple[TextDataset, TextDataset]:
-    """The sentences that a run was trained and validated on; LabError if it is another text now."""
-    train_set, valid_set = load_corpus(run.options)
-    if train_set.sha256 != run.sha256:
-        raise LabError("this run was trained on another text: name it with --data")
-    return train_set, valid_set
+    except (OSError, LabError) as error:  # as where an argument names a cell that another script adds
+        raise LabError(f"cannot read {file}: {error}") from None
+    except Exception:  # whatever zipfile, torch or our own lines meet
+        raise LabError(f"{file} is damaged, or no checkpoint of this version: train anew") from None
 
 
 # ------------------------------------------------------------------------------------- monitoring
+def describe(dataset: TextDataset, text: str, name: str) -> None:
+    """Print what a corpus holds and what was left out; LabError where there is too little to learn from."""
+    lost = dataset.dropped.total() / len(text)
+    examples = f"{len(dataset):,} {dataset.unit}s"
+    held_out = len(dataset) // 10
+    beyond = dataset.lettres[len(LETTRES) :]
+    likely = likely_unit(text)
+    if lost > 0.5:
+        raise LabError(f"{name}: most characters are outside the alphabet: {frequent(dataset.dropped)}")
+    if held_out == 0:
+        ways = "an example is a sentence, or one of --lines or --blocks"
+        raise LabError(f"{name}: too little text, {examples} of 10 ({dataset.left_out()}); {ways}")
+    print(f"{printable(name)}: {examples}, {len(dataset) - held_out:,} to train on, {held_out:,} to validate")
+    print(textwrap.fill(printable(dataset.left_out()), 79, subsequent_indent="  "))
+    if beyond:
+        print(f"{len(beyond):,} symbols beyond ASCII: {shortened(beyond, 50)}")
+    if len(dataset) < 1000 or lost > 0.1:
+        little = f"little to learn from: {examples}, {lost:.0%} of the characters left out"
+        print(f"warning: {little}; --init RUN begins with a trained run", file=sys.stderr)
+    if dataset.unit == "sentence" and likely != "sentence":
+        print(f"warning: few lines end a sentence; is this a text for --{likely}s?", file=sys.stderr)
+
+
 class Monitor:
     """What a run shows while it trains, in TensorBoard and on the terminal; silent but in process 0."""
 
     def __init__(self, run: Run, folder: Path, epoch_steps: int, total_steps: int, mean_symbols: float):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
-
         self.run = run
         self.epoch_steps = epoch_steps
         self.total_steps = total_steps
         self.mean_symbols = mean_symbols
-        print(f"{run.model.cell} with {size(run.model):,} parameters", end=", ")
-        print(f"{total_steps:,} steps, in {printable(folder)}")
-        self.writer = None if RANK else SummaryWriter(folder, purge_step=run.progress.step)
+        parameters = f"{size(run.model):,} parameters"
+        print(f"{run.model.cell}, {parameters}, {total_steps:,} steps, in {printable(folder)}")
+        self.writer = None if RANK else event_writer(folder, purge_step=run.progress.step)
         hidden = True if RANK else None  # None: unless on a terminal
         self.bar = tqdm(total=total_steps, initial=run.progress.step, leave=False, disable=hidden)
-        self.last_save = time.monotonic()
 
     def due(self, every: int) -> bool:
         """Whether this step is one to write: each `every`-th, and the last; 0 is never."""
         step = self.run.progress.step
         return self.writer is not None and every > 0 and (step % every == 0 or step == self.total_steps - 1)
 
-    def save_is_due(self) -> bool:
-        """Whether `save_every` seconds (0: never) have gone by since the last time it was."""
-        every, now = self.run.options.save_every, time.monotonic()
-        due = every > 0 and now - self.last_save >= every
-        self.last_save = now if due else self.last_save
-        return due
-
     def step(self, batch, lr: float, norm: float, steps: list | None) -> None:
         """Show a training step: its batch (T, B), learning rate, gradient's norm, states and gates."""
-        progress, options = self.run.progress, self.run.options
+        progress = self.run.progress
         if steps and progress.skipped_in_a_row == 0:
             self.histograms(batch != PAD_IX, steps)
-        if self.due(options.scalars_every) and progress.recent_symbols:
-            speed = (progress.step + 1) * self.mean_symbols / progress.seconds
+        if self.due(self.run.options.scalars_every) and progress.recent_symbols:
             loss = progress.recent_nats / progress.recent_symbols
+            speed = (progress.step + 1) * self.mean_symbols / progress.seconds
             self.writer.add_scalar("1_loss/train", loss, progress.step)
-            self.writer.add_scalar("4_gradient/norm_before_clipping", norm, progress.step)
-            self.writer.add_scalar("8_training/learning_rate", lr, progress.step)
-            self.writer.add_scalar("8_training/characters_per_second", speed, progress.step)
+            self.writer.add_scalar("2_gradient/5_norm_before_clipping", norm, progress.step)
+            self.writer.add_scalar("7_training/learning_rate", lr, progress.step)
+            self.writer.add_scalar("7_training/characters_per_second", speed, progress.step)
             self.writer.flush()  # so that a run that is killed has all points before its last save
-            progress.recent_nats, progress.recent_symbols = 0.0, 0.0
-        epoch, done = divmod(progress.step, self.epoch_steps)
-        now = "validating" if done == self.epoch_steps - 1 else f"epoch {epoch + 1}/{options.epochs}"
-        self.bar.set_description(now, refresh=False)
-        self.bar.set_postfix_str(f"{progress.nats / max(progress.symbols, 1):.3f} nats", refresh=False)
+            progress.recent_nats = 0.0
+            progress.recent_symbols = 0.0
+        loss = progress.nats / max(progress.symbols, 1)
+        epoch = progress.step // self.epoch_steps + 1
+        self.bar.set_postfix_str(f"epoch {epoch}, {loss:.3f} nats", refresh=False)
         self.bar.update()
 
     def histograms(self, real, steps: list) -> None:
-        """Every parameter, its gradient, and every state and gate where `real` (T, B) is true."""
-        model, step = self.run.model, self.run.progress.step
-        values = {f"6_gradients/{name}": p.grad for name, p in model.named_parameters()}
-        values |= {f"7_parameters/{name}": p.detach() for name, p in model.named_parameters()}
-        for name in steps[0]:
-            gate = torch.stack([states[name] for states in steps]).detach()[real]  # (real symbols, H)
-            values[f"5_gates/{model.cell}_{name}"] = gate
+        """Every gate and state where `real` (T, B) is true, every gradient's magnitude, every parameter."""
+        model = self.run.model
+        values = {}
+        for number, name in enumerate(steps[0], start=1):
+            values[f"4_gates/{model.cell}_{number}_{name}"] = torch.stack([step[name] for step in steps])[
+                real
+            ]
+        for number, (name, parameter) in enumerate(model.named_parameters(), start=1):
+            values[f"5_gradients/log10_{number}_{name}"] = parameter.grad.abs().clamp(min=1e-12).log10()
+            values[f"6_parameters/{number}_{name}"] = parameter
         for tag, value in values.items():
-            self.writer.add_histogram(tag, value.cpu(), step, bins=64)
+            self.writer.add_histogram(tag, value, self.run.progress.step, bins=64)
 
     def epoch(self, epoch: int, valid_loss: float) -> None:
         """Show losses and samples at an epoch's end."""
         if self.writer is None:
             return
-        progress, options, step = self.run.progress, self.run.options, self.run.progress.step - 1
-        bits, guess = valid_loss / math.log(2), math.log(len(id2lettre))
-        speed = f"{progress.step * self.mean_symbols / progress.seconds:,.0f} characters/s"
-        losses = f"training {progress.train_loss:.3f} nats, validation {valid_loss:.3f} nats"
+        progress = self.run.progress
+        model = self.run.model
+        step = progress.step - 1
+        bits = valid_loss / math.log(2)
+        guess = math.log(model.emb.num_embeddings)
+        speed = progress.step * self.mean_symbols / progress.seconds
         self.writer.add_scalar("1_loss/validation", valid_loss, step)
-        self.writer.add_scalar("8_training/validation_bits_per_character", bits, step)
+        self.writer.add_scalar("7_training/validation_bits_per_character", bits, step)
         self.bar.clear()
-        print(f"epoch {epoch + 1}/{options.epochs}: {losses}")
-        print(f"  {bits:.3f} bits per character, {speed}, {progress.seconds:.1f} s of training")
+        losses = f"training {progress.train_loss:.3f} nats, validation {valid_loss:.3f} nats"
+        pace = f"{speed:,.0f} characters/s, {progress.seconds:.1f} s of training"
+        print(f"epoch {epoch + 1}/{self.run.options.epochs}: {losses}")
+        print(f"  {bits:.3f} bits per character, {pace}")
         if progress.skipped:
             print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
         if valid_loss > guess:
             print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
         width = max(20, shutil.get_terminal_size().columns - 16)
-        for name, h in samples(self.run.model, "", options.seed + epoch).items():
-            text = h.text + ("" if h.ended else " …")
-            self.writer.add_text(f"samples/{name}", f"    {text}", step)  # indented: a code block
-            print(f"  {name:12s}  {textwrap.shorten(text, width, placeholder='…')}")
+        written = samples(model, "", self.run.options.seed + epoch)
+        if len(written) + 1 < len(DECODERS):  # all but exact search
+            print("  more samples come with questions 3, 6 and 7")
+        for name, h in written.items():
+            text = h.text + ("" if h.ended else " [cut]")
+            self.writer.add_text(f"samples/{name}", textwrap.indent(text, "    "), step)  # a code block
+            print(f"  {name:12s}  {shortened(text, width)}")
         self.writer.flush()
 
     def close(self) -> None:
@@ -615,29 +628,50 @@ def samples(model, start: str, seed: int) -> dict:
     for name, command in DECODERS.items():
         if name != "exact":  # which may take long
             options = decoder_parser().parse_args([*command.split(), f"--start={start}", f"--seed={seed}"])
-            written[name] = decode(model, options)[0]
+            with suppress(NotImplementedError):  # in a handout, a question that is not answered yet
+                written[name] = decode(model, options)[0]
     return written
+
+
+def event_writer(folder: Path, **options):
+    """A SummaryWriter in a second of its own, since TensorBoard reads a folder's files in that order."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import; only training needs it
+
+    while any(f"tfevents.{int(time.time())}." in file.name for file in folder.glob("events*")):
+        time.sleep(0.05)
+    return SummaryWriter(folder, **options)
 
 
 def rewrite_events(folder: Path, part: str):
     """A SummaryWriter whose file, marked by `part`, takes the place of the one that it wrote before."""
-    from torch.utils.tensorboard import SummaryWriter
-
     for old in folder.glob(f"events*.{part}"):
         old.unlink()
-    return SummaryWriter(folder, filename_suffix=f".{part}")
+    return event_writer(folder, filename_suffix=f".{part}")
 
 
 # ------------------------------------------------------------------------- a trained model, inside
+LAGS = 40  # characters that a loss is followed back
+Unit = namedtuple("Unit", "feature gate row r")  # a unit that follows a feature with correlation r
+# What a person can say of the character just read: the stretches of text where it holds, then counts.
+STRETCHES = {
+    "inside a quotation": r'"[^"]*"?|「[^」]*」?',
+    "inside brackets": r"[(\[（][^)\]）]*",
+    "in a capitalised word": r"\w[\w']*",
+    "in a number": r"\d[\d.,]*",
+    "a vowel": r"[aeiouAEIOU]",
+    "a space": r" ",
+}
+FEATURES = (*STRETCHES, "position in the sentence", "position in the word")
+# Fonts with many scripts, by the file names that Linux, macOS and Windows give them.
+FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "wqy-zenhei.ttc", "Arial Unicode.ttf", "msgothic.ttc")
+
+
 def table(rows: list[dict]) -> str:
     """Rows of like keys as a Markdown table."""
     lines = [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip([*rows[0]], *lines, strict=True)]
     lines = [[*rows[0]], ["-" * width for width in widths], *lines]
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
-
-
-LAGS = 40  # characters that a loss is followed back
 
 
 def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
@@ -648,9 +682,11 @@ def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
     """
     lengths = (batch != PAD_IX).sum(0)
     lags = min(lags, int(lengths.median()) - 1)
-    batch, lengths = batch[:, lengths > lags], lengths[lengths > lags]
+    batch = batch[:, lengths > lags]
+    lengths = lengths[lengths > lags]
     draw = torch.rand(len(lengths), generator=torch.Generator().manual_seed(0))
-    t, b = lags + (draw * (lengths - lags)).long(), torch.arange(len(lengths))
+    t = lags + (draw * (lengths - lags)).long()
+    b = torch.arange(len(lengths))
     steps = []
     logits = model(batch, steps)
     loss = F.cross_entropy(logits[t, b], batch[t, b], reduction="sum")
@@ -667,44 +703,31 @@ def both_flows(run: Run, valid_set) -> dict[str, dict]:
     """A model's gradient flow over 64 validation sentences, long ones first, "at_start" and "trained"."""
     order = np.argsort(-np.minimum(valid_set.lengths, LAGS), kind="stable")
     batch = pad_collate_fn([valid_set[i] for i in order[:64]])
-    start = new_run([*run.arguments, "--device=cpu"], run.sha256).model
+    start = new_run([*run.arguments, "--device=cpu"], valid_set).model
     return {"at_start": gradient_flow(start, batch), "trained": gradient_flow(run.model, batch)}
-
-
-# What a person can say of the character just read: the stretches of text where it holds, then counts.
-STRETCHES = {
-    "inside a quotation": r'"[^"]*"?',
-    "inside brackets": r"[(\[][^)\]]*",
-    "in a capitalised word": r"[A-Z][\w']*",
-    "in a number": r"\d[\d.,]*",
-    "after a vowel": r"[aeiouAEIOU]",
-    "after a space": r" ",
-}
-FEATURES = (*STRETCHES, "position in the sentence", "position in the word")
 
 
 def features(text: str) -> torch.Tensor:
     """FEATURES after 0, 1, … n characters of `text`, a stretch as 1 or 0: (features, n + 1)."""
     values = torch.zeros(len(FEATURES), len(text) + 1)
-    for row, pattern in zip(values, STRETCHES.values(), strict=False):
+    for row, (name, pattern) in zip(values, STRETCHES.items(), strict=False):
         for match in re.finditer(pattern, text):
-            row[match.start() + 1 : match.end() + 1] = 1
+            if name != "in a capitalised word" or match[0][0].isupper():
+                row[match.start() + 1 : match.end() + 1] = 1
     values[-2] = torch.arange(len(text) + 1)
     values[-1] = torch.tensor([n - 1 - text.rfind(" ", 0, n) for n in range(len(text) + 1)])
     return values
 
 
-Unit = namedtuple("Unit", "feature gate row r")  # a unit that follows a feature with correlation r
-
-
 @torch.no_grad()
-def named_units(model, loader) -> list[Unit]:
-    """For each of FEATURES, the unit of all gates and states that follows it most closely, if one does."""
-    known, seen = [], {}
+def named_units(model, loader, least: float = 0.5) -> list[Unit]:
+    """Of all gates and states, the unit that follows each of FEATURES most closely, by |r| of at `least`."""
+    known = []
+    seen = {}
     for batch in loader:
         steps = []
         model(batch, steps)
-        known += [features(code2string(codes)) for codes in batch.T.tolist()]
+        known += [features(code2string(codes, model.emb.lettres)) for codes in batch.T.tolist()]
         for gate in steps[0]:
             values = torch.stack([step[gate] for step in steps], 1)  # (B, T, H)
             seen.setdefault(gate, []).append(values[(batch != PAD_IX).T])  # (real symbols, H), by sentence
@@ -716,114 +739,145 @@ def named_units(model, loader) -> list[Unit]:
         for feature, follows in zip(FEATURES, correlations, strict=True):
             row = int(follows.abs().argmax())
             units.append(Unit(feature, gate, row, follows[row].item()))
-    closest = {unit.feature: unit for unit in sorted(units, key=lambda unit: abs(unit.r))}
-    named = [unit for unit in closest.values() if abs(unit.r) >= 0.3]  # else not worth a name
-    return sorted(named, key=lambda unit: -abs(unit.r))
+    closest = {}
+    for unit in sorted(units, key=lambda unit: -abs(unit.r)):
+        closest.setdefault(unit.feature, unit)
+    return [unit for unit in closest.values() if abs(unit.r) >= least]
+
+
+def font_for(text: str, size: int):
+    """A font that has the symbols of `text`: Pillow's own or one of FONTS; else Pillow's, and says so."""
+    fonts = [ImageFont.load_default(size)]
+    for name in FONTS:
+        with suppress(OSError):
+            fonts.append(ImageFont.truetype(name, size))
+    for font in fonts:
+        missing = bytes(font.getmask("\uffff"))
+        if all(bytes(font.getmask(char)) != missing for char in set(text) - {" "}):
+            return font
+    print("no font of this machine has all symbols of the text: the picture shows boxes for them")
+    return fonts[0]
 
 
 @torch.no_grad()
-def picture(model, units: list[Unit], text: str, columns: int = 20):
-    """Units on `text` as an image, uint8 (height, width, 3), a row a unit; it goes on below after `columns`.
+def picture(model, units: list[Unit], text: str, columns: int = 28):
+    """Units on `text` as an image, uint8 (height, width, 3): of each its name, then the text, coloured.
 
-    Blue is negative, white 0, red positive. Below the first memory unit that follows a position: its f, i, o.
+    A character's colour is the unit's value after it was read: blue is negative, white 0, red positive.
     """
-    from PIL import Image, ImageDraw, ImageFont  # comes with TensorBoard
-
     steps = []
-    model(pad_collate_fn([string2code(text)]), steps)
-    values = {
-        gate: torch.cat([step[gate] for step in steps[1:]]) for gate in steps[0]
-    }  # after each character
-    rows = {}
-    for unit in units:
-        rows[f"{unit.gate} {unit.row} · {unit.feature} · r {unit.r:.2f}"] = values[unit.gate][:, unit.row]
-        if unit.gate == "C" and unit.feature.startswith("position") and "its f" not in rows:
-            rows |= {f"its {gate}": values[gate][:, unit.row] for gate in "fio" if gate in values}
-    width, height, margin = 22, 36, 500  # of a character, of a row, of the labels; pixels
-    block = height * (len(rows) + 1)
-    image = Image.new("RGB", (margin + width * columns, block * math.ceil(len(text) / columns)), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(22)
-    for y, (label, row) in enumerate(rows.items()):
-        for i, value in enumerate((row / row.abs().max().clamp(min=1)).tolist()):
-            left, top = margin + width * (i % columns), height * y + block * (i // columns)
+    model(pad_collate_fn([torch.tensor(codes_of(text, model.emb.lettres))]), steps)
+    names = [f"{unit.gate} {unit.row}: {unit.feature}, r {unit.r:.2f}" for unit in units]
+    text = printable(text)
+    width = 22  # of a character's box, pixels
+    height = 34
+    lines = textwrap.wrap(text, columns, drop_whitespace=False)
+    places = [(column, row) for row, line in enumerate(lines, start=1) for column in range(len(line))]
+    rows = len(lines) + 1  # of a unit
+    image = Image.new("RGB", (width * columns, max(1, height * rows * len(units))), "white")
+    draw = ImageDraw.Draw(image)
+    draw.font = font_for(text + "".join(names), width)
+    for i, unit in enumerate(units):
+        top = height * rows * i
+        draw.text((0, top + height / 2), names[i], "black", anchor="lm")
+        values = torch.cat([step[unit.gate][:, unit.row] for step in steps[1:]])
+        values = values / values.abs().max().clamp(min=1)
+        for char, (column, row), value in zip(text, places, values.tolist(), strict=True):
+            x = width * column
+            y = top + height * row
             pale = round(255 - 160 * abs(value))
             colour = (255, pale, pale) if value > 0 else (pale, pale, 255)
-            draw.rectangle((left, top, left + width - 1, top + height - 3), colour)
-            draw.text((left + width / 2, top + height / 2), text[i], "black", font, anchor="mm")
-            if i % columns == 0:
-                draw.text((margin - 8, top + height / 2), label, "black", font, anchor="rm")
+            draw.rectangle((x, y, x + width - 1, y + height - 3), colour)
+            draw.text((x + width / 2, y + height / 2), char, "black", anchor="mm")
     return np.asarray(image)
 
 
-def find_units(run: Run, valid_set) -> tuple[list[Unit], str]:
-    """The named units of a run's model over some validation sentences, and a table of them, printed."""
-    loader = batches(valid_set, run.batch_size)
-    units = named_units(run.model, [*loader][:: math.ceil(len(loader) / 8)])  # at most eight, of all lengths
+def show_units(run: Run, valid_set, writer, tag: str, texts: list[str]) -> str:
+    """Print the named units of a run's model as a table, and write their pictures on `texts`; the table."""
+    some = np.random.default_rng(0).permutation(len(valid_set))  # all gates of 50,000 characters take 300 MB
+    some = some[valid_set.lengths[some].cumsum() < 50_000] if len(some) > 1 else some
+    units = named_units(run.model, batches(valid_set.subset(some), 16))
     rows = [{"unit": f"{u.gate} {u.row}", "follows": u.feature, "correlation": u.r} for u in units]
-    text = table(rows) if rows else "none"
-    print(f"Units of this {run.model.cell} that follow the text:\n{text}")
-    return units, text
+    named = table(rows) if rows else "none"
+    print(f"Units of this {run.model.cell} that follow the text:\n{named}")
+    for i, text in enumerate(texts):
+        writer.add_image(tag, picture(run.model, units, text), i, dataformats="HWC")
+    return named
 
 
 def look_inside(folder: Path, valid_set) -> None:
     """Show what the best model of a run does: its units on three sentences, its gradient flow."""
     run = load(folder / "best.pt", "--device=cpu")
-    (units, text), flows = find_units(run, valid_set), both_flows(run, valid_set)
+    flows = both_flows(run, valid_set)
     near_40 = sorted(valid_set.sentences, key=lambda sentence: abs(len(sentence) - 40))
     with rewrite_events(folder, "on_text") as writer:
-        writer.add_text("units", text)
-        for i, sentence in enumerate(near_40[:3]):
-            writer.add_image("3_units/on_text", picture(run.model, units, sentence), i, dataformats="HWC")
-        for when, flow in flows.items():
-            for state, norms in flow.items():
-                for lag, norm in enumerate(norms.clamp(min=1e-30).log10().tolist()):
-                    writer.add_scalar(f"2_gradient_flow/log10_{state}_{when}", norm, lag)
-    before, after = flows["at_start"]["h"], flows["trained"]["h"]
+        writer.add_text("units", show_units(run, valid_set, writer, "3_units/on_text", near_40[:3]))
+        kinds = [(state, when) for state in run.model.rnn.states for when in ("trained", "at_start")]
+        for number, (state, when) in enumerate(kinds, start=1):
+            for lag, norm in enumerate(flows[when][state].clamp(min=1e-30).log10().tolist()):
+                writer.add_scalar(f"2_gradient/{number}_log10_{state}_{when}", norm, lag)
+    before = flows["at_start"]["h"]
+    after = flows["trained"]["h"]
     print(f"Gradient {len(after) - 1} characters back: {before[-1]:.1e} at start, {after[-1]:.1e} trained.")
 
 
-def look(options) -> None:
-    """Show the units of a trained run on a text."""
-    text = code2string(codes_of(options.look))
+def look(text: str, name: str | None, more: list[str]) -> None:
+    """Show the units of a trained run on a text; `more` arguments say where its corpus is."""
+    file = find_checkpoint(name, "best.pt")
+    run = load(file, "--device=cpu", *more)
+    lettres = run.model.emb.lettres
+    text = code2string(codes_of(text, lettres), lettres)
     if not text.strip() or len(text) > 1000:
         raise LabError("--look: give a text of at most 1,000 characters")
-    file = find_checkpoint(options.resume, "best.pt")
-    run = load(file, "--device=cpu", *given(options, "data"))
-    _, valid_set = corpus_of(run)
-    units, _ = find_units(run, valid_set)
+    _, valid_set = load_corpus(run.options, lettres, run.sha256)
     with rewrite_events(file.parent, "look") as writer:
-        writer.add_image("3_units/look", picture(run.model, units, text), 0, dataformats="HWC")
+        show_units(run, valid_set, writer, "3_units/look", [text])
     print(f"Their picture is 3_units/look of {printable(file.parent)}.")
-    say_next(("tensorboard --logdir", file.parent.parent))
+    say_next(["tensorboard", "--logdir", file.parent.parent])
 
 
 # -------------------------------------------------------------------------------------- comparing
-def originality(texts: list[str], corpus: str) -> dict[str, float]:
-    """Learned or copied: the shares of the texts' words and substrings of 16 and 32 that `corpus` has."""
-    words = [word for text in texts for word in re.findall(r"[\w']+", text.lower())]
-    known = set(re.findall(r"[\w']+", corpus.lower()))
-    shares = {"known": sum(word in known for word in words) / max(len(words), 1)}
-    for n in (16, 32):
-        spans = [text[i : i + n] for text in texts for i in range(len(text) - n + 1)]
-        shares[f"copied {n}"] = sum(span in corpus for span in spans) / max(len(spans), 1)
-    return shares | {"length": int(np.median([len(text) for text in texts]))}
+def parts_of(text: str, name: str) -> list[str]:
+    """What of a text may be "known", its words, or "copied 16" or "copied 32", its substrings so long."""
+    if name == "known":
+        return re.findall(r"[\w']+", text.lower())
+    length = int(name.split()[1])
+    return [text[i : i + length] for i in range(len(text) - length + 1)]
+
+
+def originality(groups: list[list[str]], corpus: list[str]) -> list[dict[str, float]]:
+    """Learned or copied: the shares of each group's words and substrings that the corpus has, too."""
+    rows = [{"length": int(np.median([len(text) for text in texts]))} for texts in groups]
+    for name in ("known", "copied 16", "copied 32"):
+        written = [[part for text in texts for part in parts_of(text, name)] for texts in groups]
+        wanted = set().union(*written)
+        known = set()
+        for sentence in corpus:
+            known |= wanted.intersection(parts_of(sentence, name))
+        for row, parts in zip(rows, written, strict=True):
+            row[name] = sum(part in known for part in parts) / max(len(parts), 1)
+    return rows
 
 
 def compare_sentences(runs: dict[str, Run], train: list, valid: list) -> tuple[list[dict], str]:
     """What decoders make of the same 20 starts: a table of how much was copied, and the first sentences."""
-    corpus = "\n".join(train)
-    starts = ["", *dict.fromkeys(text.split()[0] + " " for text in valid)][:20]
-    rows = [{"run": "corpus", "decoder": "", **originality(valid[:200], corpus), "ended": 1.0}]
+    words = [text.split()[0] + " " for text in valid]  # or two characters, where no spaces part words
+    starts = ["", *dict.fromkeys(word if len(word) < 15 else word[:2] for word in words)][:20]
+    rows = [{"run": "corpus", "decoder": "", "ended": 1.0}]
+    groups = [valid[:200]]
     firsts = ""
     for name, run in runs.items():
         by_start = [samples(run.model, start, seed) for seed, start in enumerate(starts)]
         for decoder in by_start[0]:
             hypotheses = [written[decoder] for written in by_start]
-            texts = [h.text for h in hypotheses]
-            ended = sum(h.ended for h in hypotheses) / len(hypotheses)
-            rows.append({"run": name, "decoder": decoder, **originality(texts, corpus), "ended": ended})
-            firsts += f"    {name}, {decoder}:\n{textwrap.indent(textwrap.fill(texts[0], 72), ' ' * 8)}\n"
-    return rows, firsts
+            groups.append([h.text for h in hypotheses])
+            rows.append(
+                {"run": name, "decoder": decoder, "ended": sum(h.ended for h in hypotheses) / len(starts)}
+            )
+            lines = [textwrap.fill(line, 72) for line in groups[-1][0].split("\n")]
+            firsts += f"    {name}, {decoder}:\n" + textwrap.indent("\n".join(lines), " " * 8) + "\n"
+    shares = originality(groups, train)
+    return [row | share for row, share in zip(rows, shares, strict=True)], firsts
 
 
 def comparable(folders: list[Path], data: list[str]) -> dict[str, Run]:
@@ -831,12 +885,14 @@ def comparable(folders: list[Path], data: list[str]) -> dict[str, Run]:
     files = sorted({file for folder in folders for file in folder.glob("**/best.pt")})
     if not files:
         raise LabError(f"no run in {', '.join(map(str, folders))}: train some with tp5.py --model all")
-    top = Path(os.path.commonpath([file.parent.parent for file in files]))
-    runs, groups = {}, {}
-    for file in files:
-        name, run = file.parent.relative_to(top).as_posix(), load(file, "--device=cpu", *data)
-        runs[name], o = run, run.options
-        groups.setdefault((run.sha256, o.seed, o.maxlen, o.maxsent, o.lines), []).append(name)
+    names = [file.parent.name for file in files]
+    if len({*names}) < len(files):
+        names = [f"{file.parent.parent.name}/{file.parent.name}" for file in files]
+    runs = {name: load(file, "--device=cpu", *data) for name, file in zip(names, files, strict=True)}
+    groups = {}
+    for name, run in runs.items():
+        o = run.options
+        groups.setdefault((run.sha256, o.seed, o.maxlen, o.maxsent, o.lines, o.blocks), []).append(name)
     if len(groups) > 1:
         raise LabError(f"compare runs on the same sentences, one of these groups: {[*groups.values()]}")
     return dict(sorted(runs.items(), key=lambda item: [*CELLS].index(item[1].model.cell)))
@@ -847,8 +903,10 @@ def compare(names: list, data: list[str]) -> None:
     folders = [Path(name).absolute() for name in names]
     folder = folders[0] if len(folders) == 1 else folders[0].parent
     runs = comparable(folders, data)
-    train_set, valid_set = corpus_of(next(iter(runs.values())))
-    losses, lags = [], []
+    run = next(iter(runs.values()))
+    train_set, valid_set = load_corpus(run.options, run.model.emb.lettres, run.sha256)
+    losses = []
+    lags = []
     for name, run in runs.items():
         best = run.progress.best_loss
         row = {"run": name, "parameters": f"{size(run.model):,}", "seconds": round(run.progress.seconds)}
@@ -859,168 +917,216 @@ def compare(names: list, data: list[str]) -> None:
                 by_lag = {str(lag): norms[lag].item() for lag in range(0, len(norms), 10)}
                 lags.append({"run": name, "of": state, "when": when.replace("_", " "), **by_lag})
     shares, firsts = compare_sentences(runs, train_set.sentences, valid_set.sentences)
-    text = f"""## Loss, in nats per symbol, and validation loss in bits\n\n{table(losses)}
-
-## Norm of the gradient, by how many characters it goes back\n\n{table(lags)}
-
-## Shares of known words and copied substrings, median length, share that ended\n\n{table(shares)}
-
-## What they write without a start\n\n{firsts}"""
+    parts = {
+        "Loss, in nats per symbol, and validation loss in bits": table(losses),
+        "Norm of the gradient, by how many characters it goes back": table(lags),
+        "Shares of known words and copied substrings, median length, share that ended": table(shares),
+        "What they write without a start": firsts,
+    }
+    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
     print(f"\n{text}")
     with rewrite_events(folder / "comparison", "comparison") as writer:
         writer.add_text("comparison", text)
     (folder / "comparison" / "comparison.md").write_text(text, encoding="utf-8")
-    say_next(("tensorboard --logdir", folder))
+    say_next(["tensorboard", "--logdir", folder])
 
 
 # ----------------------------------------------------------------------------------- command line
-EPOCHS = 5
 LR = {"muon": 0.05, "adamw": 0.008}
+INIT_LR = 0.01
 BATCH_SIZE = {"muon": 64, "adamw": 32}
 
 
 def command_parser(**options) -> argparse.ArgumentParser:
     """All options of the command line, with their ranges and defaults."""
     about = "Train a character model with a recurrent cell written by hand. (Defaults in parentheses.)"
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, **options)
-    width, many = in_range(int, 1, 8192), in_range(int, 1, 10_000)
-    whole, positive = in_range(int, 0, 10**9), in_range(float, 0, 1e9)
-    lr, batch = (", ".join(f"{name} {value}" for name, value in by.items()) for by in (LR, BATCH_SIZE))
+    parser = ArgumentParser(description=about, allow_abbrev=False, **options)
+    width = in_range(int, 1, 8192)
+    many = in_range(int, 1, 10_000)
+    whole = in_range(int, 0, 10**9)
+    positive = in_range(float, 0, 1e9)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch_size = "sentences in a process's batch (muon {muon}, adamw {adamw})".format(**BATCH_SIZE)
     add = parser.add_argument
     # fmt: off
     add("--model", nargs="+", choices=[*CELLS, "all"], default=["lstm"], help="several are compared (lstm)")
-    add("--data", metavar="PATH", help=f"a UTF-8 text file (data/{CORPUS.name})")
-    add("--lines", action="store_true", help="each line is an example, with or without full stops")
-    add("--epochs", type=in_range(int, 1, 10**6), metavar="N", help=f"passes over the text ({EPOCHS})")
-    add("--batch-size", type=width, metavar="B", help=f"sentences in a process's batch ({batch})")
+    add("--init", metavar="RUN", help="begin with the weights of a trained run, at a peak rate of "
+        f"{INIT_LR}; too good a loss if that run has seen the sentences that validate this one")
+    add("--data", metavar="PATH", default=CORPUS, help=f"a UTF-8 text file (data/{CORPUS.name})")
+    unit = parser.add_mutually_exclusive_group()
+    unit.add_argument("--lines", action="store_true", help="each line is an example")
+    unit.add_argument("--blocks", action="store_true", help="what stands between blank lines is an example")
+    add("--epochs", type=in_range(int, 1, 10**6), default=5, metavar="N", help="passes (%(default)s)")
+    add("--batch-size", type=width, metavar="B", help=batch_size)
     add("--embedding", type=width, default=128, metavar="E", help="size of an embedding (%(default)s)")
     add("--hidden", type=width, default=256, metavar="H", help="size of the hidden state (%(default)s)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of the cell's matrices (%(default)s)")
-    add("--lr", type=positive, metavar="RATE", help=f"peak learning rate ({lr})")
-    add("--clip", type=positive, default=1.0, metavar="NORM",
-        help="clip gradients to it (%(default)s; 0: never)")
-    add("--recurrent-scale", type=positive, default=1.0, metavar="FACTOR",
-        help="on the initial recurrent matrices (%(default)s); 3 makes an rnn's gradients explode")
+    add("--lr", type=positive, metavar="RATE", help=f"peak rate (muon {LR['muon']}, adamw {LR['adamw']})")
+    add("--clip", type=positive, default=1.0, metavar="NORM", help="clip gradients (%(default)s; 0: never)")
+    add("--recurrent-scale", type=positive, default=1.0, metavar="X", help="times initial W_h (%(default)s)")
     add("--seed", type=whole, default=0, help="of the split, the weights, the shuffling (%(default)s)")
     add("--maxlen", type=many, default=2000, metavar="N", help="leave out longer sentences (%(default)s)")
     add("--maxsent", type=in_range(int, 2, 10**9), metavar="N", help="use the first N sentences only")
-    add("--device", choices=("cpu", "cuda"), help="where to compute (cuda where there is one)")
+    add("--device", choices=("cpu", "cuda"), default=device, help="cuda where there is one (%(default)s)")
     add("--scalars-every", type=whole, default=20, metavar="N", help="steps (%(default)s; 0: never)")
     add("--histograms-every", type=whole, default=50, metavar="N", help="steps (%(default)s; 0: never)")
-    add("--save-every", type=positive, default=30.0, metavar="S",
-        help="save after S seconds (%(default)s; 0: no)")
+    add("--save-every", type=positive, default=30.0, metavar="S", help="seconds (%(default)s; 0: never)")
     add("--run", metavar="FOLDER", help="where the run goes (runs/MODEL-DATE_TIME)")
-    add("--resume", nargs="?", const="", metavar="RUN",
-        help="go on with a run (alone: the newest); with --epochs N, train a finished one on")
+    add("--resume", nargs="?", const="", metavar="RUN", help="go on (alone: the newest), further: --epochs N")
     add("--compare", nargs="+", metavar="RUN", help="compare trained runs, or all in a folder")
     add("--look", metavar="TEXT", help="a trained run's units on a text (of --resume RUN, else the newest)")
     # fmt: on
     return parser
 
 
-def refuse_all_but(parser, options, mode: str, *allowed: str) -> None:
-    """End with argparse's error if an option was given that does not go with --MODE."""
-    for name, value in vars(options).items():
-        if name not in (mode, *allowed) and value != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} does not go with --{mode}")
-
-
 def run_options(arguments: list[str]) -> argparse.Namespace:
-    """The options of one run, defaults filled in; ValueError where one is out of range."""
+    """The options of one run; LabError where one is out of range."""
     parser = command_parser(add_help=False)
 
     def refuse(message: str):
-        raise ValueError(message)
+        raise LabError(message)
 
     parser.error = refuse
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise LabError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    lr = INIT_LR if options.init else LR[options.optimizer]
     filled_in = {
         "model": options.model[0],
-        "epochs": options.epochs or EPOCHS,
-        "lr": LR[options.optimizer] if options.lr is None else options.lr,
+        "lr": lr if options.lr is None else options.lr,
         "batch_size": options.batch_size or BATCH_SIZE[options.optimizer],
-        "device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     }
     return argparse.Namespace(**vars(options) | filled_in)
 
 
-def given(options, *names: str) -> list[str]:
-    """Those of the named options that were given, as arguments."""
-    values = {name: getattr(options, name) for name in names}
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+def begin_with(given: dict) -> tuple[list[str], str]:
+    """The arguments that `--init` stands for, and its run's alphabet; LabError where others contradict it."""
+    file = find_checkpoint(given["init"], "best.pt").absolute()
+    begun = load(file, "--device=cpu")
+    arguments = [f"--init={file}"]
+    for name in ("model", "embedding", "hidden"):
+        theirs = getattr(begun.options, name)
+        if given.get(name, theirs) not in (theirs, [theirs]):
+            raise LabError(f"--{name} is that of the run that --init names: leave it out")
+        arguments.append(f"--{name}={theirs}")
+    return arguments, begun.model.emb.lettres
 
 
-def train_new(options, arguments: list[str]) -> None:
+def new_folders(name: str | None, models: list[str]) -> dict[str, Path]:
+    """A folder for each model's run; LabError where one holds a run already."""
+    top = Path(name or RUNS / f"{'-'.join(models)}-{time.strftime('%Y-%m-%d_%H%M%S')}")
+    while not name and not RANK:
+        try:
+            top.mkdir(parents=True)
+            break
+        except FileExistsError:  # of a run that starts in the same second
+            top = top.with_name(f"{top.name}-2")
+    folders = {model: top / model if len(models) > 1 else top for model in models}
+    for folder in folders.values():
+        if any(folder.glob("*.pt")) and not RANK:
+            raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
+    return folders
+
+
+def train_new(given: dict, arguments: list[str]) -> None:
     """Train a new run of each model that is asked for, on the same batches; then compare them."""
-    models = list(CELLS) if "all" in options.model else options.model
-    folder = Path(options.run or RUNS / f"{'-'.join(models)}-{time.strftime('%Y-%m-%d_%H%M%S')}")
-    folders = {model: folder / model if len(models) > 1 else folder for model in models}
-    train_set, valid_set = load_corpus(options)
-    for run_folder in folders.values():
-        if not RANK and any(run_folder.glob("*.pt")):
-            raise LabError(f"{run_folder} holds a run already: go on with --resume, or choose another --run")
-    for model, run_folder in folders.items():
-        finish(new_run([*arguments, f"--model={model}"], train_set.sha256), run_folder, train_set, valid_set)
-    if len(models) > 1 and not RANK:
-        compare([*folders.values()], given(options, "data"))
+    lettres = None
+    if "init" in given:
+        more, lettres = begin_with(given)
+        arguments = [*arguments, *more]
+    options = run_options(arguments)
+    models = list(CELLS) if "all" in given.get("model", ()) else given.get("model", [options.model])
+    folders = new_folders(options.run, models)
+    train_set, valid_set = load_corpus(options, lettres)
+    if "data" in given:
+        arguments = [*arguments, f"--data={Path(options.data).absolute()}"]  # to go on from any folder
+    todo = [[*arguments, f"--model={model}", "--run", folder] for model, folder in folders.items()]
+    if len(models) > 1:
+        todo.append(["--compare", *folders.values()])
+    for model, folder in folders.items():
+        file = folder / "last.pt"
+        try:
+            new = new_run([*arguments, f"--model={model}"], train_set)
+            folder.mkdir(parents=True, exist_ok=True)
+            if file.exists() and not RANK:
+                raise LabError(f"another process writes in {folder}: choose another --run")
+            save(new, file)  # killed before its next save, it can be resumed as well
+            finish(new, folder, train_set, valid_set)
+        except KeyboardInterrupt:
+            todo[0] = ["--resume", folder] if file.exists() else todo[0]
+            say_next(*[["python", Path(sys.argv[0]).name, *words] for words in todo])
+            raise
+        todo = todo[1:]
+    if todo and not RANK:
+        compare([*folders.values()], [f"--data={options.data}"])
 
 
-def resume(options) -> None:
+def resume(name: str, more: list[str]) -> None:
     """Go on with a run; one that has finished is looked inside anew, or trained further given --epochs."""
-    file = find_checkpoint(options.resume, "last.pt")
-    run = load(file, *given(options, "data", "epochs", "device"))
-    train_set, valid_set = corpus_of(run)
+    file = find_checkpoint(name, "last.pt")
+    run = load(file, *more)
+    train_set, valid_set = load_corpus(run.options, run.model.emb.lettres, run.sha256)
     print(f"going on after step {run.progress.step:,}")
-    finish(run, file.parent, train_set, valid_set)
+    if more:
+        save(run, file)  # so that what is given now holds when it is resumed again
+    try:
+        finish(run, file.parent, train_set, valid_set)
+    except KeyboardInterrupt:
+        say_next(["python", Path(sys.argv[0]).name, "--resume", file.parent, *more])
+        raise
 
 
 def finish(run: Run, folder: Path, train_set, valid_set) -> None:
     """Train to the end, look inside, and say what comes next."""
-    try:
-        train(run, folder, train_set, valid_set)
-    except KeyboardInterrupt:
-        say_next((f"python {Path(sys.argv[0]).name} --resume", folder))
-        raise
+    train(run, folder, train_set, valid_set)
     if not RANK:
         look_inside(folder, valid_set)
-    write = "python generate.py --beam 5 --checkpoint", folder
-    say_next(write, ("tensorboard --logdir", folder.parent))
+    commands = [["python", "generate.py", "--beam", "5", "--checkpoint", folder]]
+    if Path(sys.argv[0]).name != "tp5.py":  # generate.py knows no cells of other scripts
+        commands = []
+    say_next(*commands, ["tensorboard", "--logdir", folder.parent])
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of a step for the next, which else fetches it page by page: a default step
-    with T 100 took 121 ms with this and 168 without."""
+    """Let glibc keep a step's memory for the next: a default step with T 100 took 121 ms, and 168 without."""
     with suppress(OSError, AttributeError, TypeError):  # other systems' libraries have no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
+def others(parser, given: dict, modes: tuple[str, ...], allowed: tuple[str, ...]) -> list[str]:
+    """What was given beside `modes`, as arguments; argparse's error where one is not `allowed` with them."""
+    names = [name for name in given if name not in modes]
+    for name in names:
+        if name not in allowed:
+            parser.error(f"--{name.replace('_', '-')} does not go with --{modes[0]}")
+    return [f"--{name}={given[name]}" for name in names]
+
+
 def main() -> None:
     parser = command_parser()
-    options = parser.parse_args()
-    if options.compare is not None:
-        refuse_all_but(parser, options, "compare", "data")
-    elif options.look is not None:
-        refuse_all_but(parser, options, "look", "data", "resume")
-    elif options.resume is not None:
-        refuse_all_but(parser, options, "resume", "data", "epochs", "device")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise LabError("--device cuda: this PyTorch sees no CUDA device; leave it out to train on the CPU")
+    unset = dict.fromkeys(vars(parser.parse_args([])))
+    options = parser.parse_args(namespace=argparse.Namespace(**unset))  # without defaults
+    given = {name: value for name, value in vars(options).items() if value is not None}
     keep_freed_memory()
     if WORLD > 1:
-        if torch.cuda.is_available() and options.device != "cpu":
+        if torch.cuda.is_available() and given.get("device") != "cpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group()  # gloo on the CPU, nccl on CUDA
+        try:
+            distributed.init_process_group()  # gloo on the CPU, nccl on CUDA
+        except ValueError as error:
+            raise LabError(f"WORLD_SIZE is set, as torchrun does: {error}") from None
     with redirect_stdout(None if RANK else sys.stdout):
-        if options.compare is not None:
-            compare(options.compare, given(options, "data"))
-        elif options.look is not None:
-            look(options)
-        elif options.resume is not None:
-            resume(options)
+        if "compare" in given:
+            compare(given["compare"], others(parser, given, ("compare",), ("data",)))
+        elif "look" in given:
+            more = others(parser, given, ("look", "resume"), ("data",))
+            look(given["look"], given.get("resume"), more)
+        elif "resume" in given:
+            resume(given["resume"], others(parser, given, ("resume",), ("data", "epochs", "device")))
         else:
-            train_new(options, sys.argv[1:])
+            train_new(given, sys.argv[1:])
     if WORLD > 1:
         distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""What the tests share: the project on the import path, toy models, and the real command line."""
+"""What the tests share: the project on the import path, small runs, and the real command line."""
 
 import io
 import os
@@ -11,6 +11,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,37 +21,39 @@ sys.path.insert(0, str(ROOT))
 import generate  # noqa: E402
 import textloader  # noqa: E402
 import tp5  # noqa: E402
-from tp5 import CELLS  # noqa: E402
 
+# The same examples on every machine, however slow it is.
+settings.register_profile("lab", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lab")
 torch.set_num_threads(1)  # the fastest for models this small, on a machine that others use too
 os.environ["COLUMNS"] = "80"
 SAMPLES = ("greedy", "sampled", "cooler", "nucleus", "beam", "nucleus beam")  # of training and comparison
 TORCH_CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
-def start(script: str, *arguments, **options) -> subprocess.Popen:
-    """Start one of the three scripts as a user would."""
+def start(script: str, *arguments, cwd=None, **environment: str) -> subprocess.Popen:
+    """Start a script as a user would, with these variables in its environment."""
     # The scripts choose UTF-8 themselves.
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
         env=environment,
-        **options,
+        cwd=cwd,
     )
 
 
 def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
     """Wait for a process that was started; what it printed, and its exit code."""
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=600)  # one that hangs
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def command(script: str, *arguments, **options) -> subprocess.CompletedProcess:
-    """Run one of the three scripts to its end."""
-    return ended(start(script, *arguments, **options))
+def command(script: str, *arguments, cwd=None, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script to its end."""
+    return ended(start(script, *arguments, cwd=cwd, **environment))
 
 
 def here(script: str, *arguments) -> subprocess.CompletedProcess:
@@ -111,6 +115,11 @@ def small(tmp_path_factory) -> tuple[str, ...]:
     return "--data", str(file), "--hidden", "24", "--embedding", "8", "--epochs", "2", "--batch-size", "32"
 
 
+def events_of(folder) -> EventAccumulator:
+    """All that TensorBoard reads of a run."""
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0}).Reload()
+
+
 def valid_split(small):
     """The validation sentences of the small text, drawn as the README says."""
     dataset = textloader.TextDataset(textloader.read_text(small[1]))
@@ -125,14 +134,3 @@ def runs(tmp_path_factory, small) -> Path:
     assert result.returncode == 0 and result.stderr == "", result.stderr
     (folder / "output.txt").write_text(result.stdout, encoding="utf-8")
     return folder
-
-
-def toy(cell: str, library: str, symbols: int = 5, seed: int = 0):
-    """A random (rnn, emb, decoder) in float64 over few symbols: BLANK, EOS, a, b, c."""
-    torch.manual_seed(seed)
-    kind = CELLS[cell] if library == "ours" else TORCH_CELLS[cell]
-    rnn, emb, decoder = kind(3, 4), nn.Embedding(symbols, 3), nn.Linear(4, symbols)
-    with torch.no_grad():
-        decoder.weight *= 4  # far from uniform
-        decoder.bias[0] += 5  # BLANK, which nobody may write
-    return rnn.double(), emb.double(), decoder.double()

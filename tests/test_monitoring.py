@@ -7,13 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CELLS, SAMPLES, here, refused, valid_split
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import SAMPLES, events_of, here, refused, valid_split
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
 import tp5
 from textloader import EOS_IX, PAD_IX, TextDataset, pad_collate_fn, read_text, string2code
-from tp5 import CharModel, Unit, features, gradient_flow, load, named_units, originality, picture
+from tp5 import CELLS, CharModel, Unit, features, gradient_flow, load, named_units, originality, picture
 
 TEXTS = ["The end of it all.", "It is.", 'So I said "no, never" to Bob.', "A b c d e f g h."]
 GATES = {"rnn": ["h"], "gru": ["z", "r", "candidate", "h"], "lstm": ["f", "i", "candidate", "o", "C", "h"]}
@@ -26,10 +25,6 @@ def batch_of(texts):
 def small_model(cell: str) -> CharModel:
     torch.manual_seed(0)
     return CharModel(cell, 4, 6).double()
-
-
-def events_of(folder) -> EventAccumulator:
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0}).Reload()
 
 
 def one_tag(tags, *words: str) -> str:
@@ -90,8 +85,8 @@ def test_features_of_a_sentence():
     assert where("inside brackets") == ".......(A........"
     assert where("in a capitalised word") == "I.......A......Up"
     assert where("in a number") == "...........3.5..."
-    assert where("after a vowel") == "I..a....A......U."
-    assert where("after a space") == ". .... ... ... .."
+    assert where("a vowel") == "I..a....A......U."
+    assert where("a space") == ". .... ... ... .."
     assert shown["position in the sentence"] == list(range(len(text) + 1))
     assert shown["position in the word"] == [0, 1, 0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
 
@@ -101,7 +96,7 @@ def test_features_of_a_sentence():
 def test_named_units_are_those_of_numpys_correlation(cell):
     """Over states only, computed one sentence and step at a time; gates may follow a feature more closely."""
     model = small_model(cell).float()
-    units = named_units(model, [batch_of(TEXTS[:2]), batch_of(TEXTS[2:])])
+    units = named_units(model, [batch_of(TEXTS[:2]), batch_of(TEXTS[2:])], 0.3)
     known = np.concatenate([features(text).numpy() for text in TEXTS], axis=1)
     steps = [state for text in TEXTS for state in states_after(model, text)]
     strongest = [0.0] * len(known)
@@ -130,16 +125,12 @@ def test_no_unit_follows_anything_in_a_model_that_does_not_move():
 def test_picture_shows_each_unit_after_each_character():
     """The background of a character: red above 0, blue below, the paler the closer to 0."""
     model, text = small_model("rnn").float(), 'So I "said".'
-    units = [Unit("after a space", "h", 4, 0.5), Unit("in a number", "h", 1, -0.25)]
+    units = [Unit("a space", "h", 4, 0.5), Unit("in a number", "h", 1, -0.25)]
     image = picture(model, units, text).astype(int)
     values = torch.cat([state for (state,) in states_after(model, text)[1:]])[:, [4, 1]].T  # (units, characters)
-    backgrounds = []
-    for row in np.array_split(image[: image.shape[0] * 2 // 3], 2):
-        line = row[1]  # above the letters
-        first = next(x for x in range(len(line)) if line[x, 0] != line[x, 2])
-        width = (np.flatnonzero(line[:, 0] != line[:, 2])[-1] + 1 - first) / len(text)
-        backgrounds.append([line[round(first + width * (i + 0.5))] for i in range(len(text))])
-    shown = np.array(backgrounds)
+    height, width = image.shape[0] // 4, image.shape[1] // 28  # of each unit its name, then the text
+    tops = [image[height * row + 1] for row in (1, 3)]  # above the letters
+    shown = np.array([[top[round(width * (i + 0.5))] for i in range(len(text))] for top in tops])
     assert np.array_equal(shown[..., 0] == 255, values.numpy() > 0)
     assert np.array_equal(shown[..., 2] == 255, values.numpy() <= 0)
     pale = shown[..., 1].flatten()
@@ -147,15 +138,15 @@ def test_picture_shows_each_unit_after_each_character():
 
 
 def test_copied_shares_are_those_of_plain_search():
-    corpus = "We the people of the United States.\nThe people hold the power here today."
-    groups = ["the people of the world", "We the xyz"], ["", "it"], [corpus[:35]]
-    for texts in groups:
-        found = originality(texts, corpus)
+    corpus = ["We the people of the United States.", "The people hold the power here today."]
+    groups = ["the people of the world", "We the xyz"], ["", "it"], [corpus[0]]
+    rows = originality(groups, corpus)
+    for texts, row in zip(groups, rows, strict=True):
         for n in (16, 32):
             pieces = [text[i : i + n] for text in texts for i in range(len(text)) if len(text[i : i + n]) == n]
-            assert found[f"copied {n}"] == pytest.approx(sum(p in corpus for p in pieces) / max(len(pieces), 1))
-    words = [originality(texts, corpus)["known"] for texts in groups]
-    assert words == [6 / 8, 0, 1]  # all but "world" and "xyz"
+            copied = sum(any(piece in sentence for sentence in corpus) for piece in pieces)
+            assert row[f"copied {n}"] == pytest.approx(copied / max(len(pieces), 1))
+    assert [row["known"] for row in rows] == [6 / 8, 0, 1]  # all but "world" and "xyz"
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -168,8 +159,10 @@ def test_tensorboard_reads_every_tag(runs, cell):
         assert steps == sorted(set(steps)) and len(steps) >= 2, words
     assert sorted(tags["scalars"])[0].startswith("1_loss/")  # what opens first
     names = [name for name, _ in load(runs / cell / "best.pt").model.named_parameters()]
-    found = sorted(tag.partition("/")[2] for tag in tags["histograms"])
-    assert found == sorted([*names, *names, *(f"{cell}_{gate}" for gate in GATES[cell])])
+    parameters = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
+    shown = [f"6_parameters/{name}" for name in parameters] + [f"5_gradients/log10_{name}" for name in parameters]
+    shown += [f"4_gates/{cell}_{number}_{gate}" for number, gate in enumerate(GATES[cell], start=1)]
+    assert sorted(tags["histograms"]) == sorted(shown)
     validation = events.Scalars(one_tag([t for t in tags["scalars"] if "bits" not in t], "loss/validation"))
     best = load(runs / cell / "best.pt").progress.best_loss
     assert min(point.value for point in validation) == pytest.approx(best)
@@ -186,7 +179,7 @@ def test_tensorboard_reads_every_tag(runs, cell):
 def test_gradient_flow_curves_are_log10_over_lags(runs, small, cell):
     events, valid = events_of(runs / cell), list(valid_split(small))
     model = load(runs / cell / "best.pt").model
-    curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if "gradient_flow" in tag}
+    curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if "2_gradient/" in tag and "log10" in tag}
     assert len(curves) == 2 * len(model.rnn.states)
     longest = sorted(valid, key=lambda sentence: -len(sentence))[:64]
     flow = gradient_flow(model, pad_collate_fn(longest), len(curves[min(curves)]) - 1)
@@ -284,7 +277,7 @@ def test_of_runs_that_do_not_fit_those_that_do_are_named(runs, tmp_path):
     found = here("tp5.py", "--compare", tmp_path / "a", tmp_path / "b", tmp_path / "c")
     refused(found, "same sentences")
     assert "['a', 'c'], ['b']" in found.stderr
-    (tmp_path / "corpus.txt").write_text("It is. Or not. Who knows?", encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text("It is. Or not. Who knows? " * 4, encoding="utf-8")
     found = here("tp5.py", "--compare", runs, "--data", tmp_path / "corpus.txt")
     assert found.returncode == 1 and "--data" in found.stderr
 

@@ -22,7 +22,7 @@ def matrix(rows: int, columns: int, condition: float = 100.0, seed: int = 0):
     return U * torch.logspace(0, -torch.tensor(condition).log10(), len(V)) @ V, U @ V
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([(8, 8), (64, 16), (16, 64), (256, 128)]), st.floats(1, 30), st.integers(0, 99),
        st.floats(1e-6, 1e6))  # fmt: skip
 def test_singular_values_come_near_one_and_directions_stay(shape, condition, seed, scale):

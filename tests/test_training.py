@@ -6,16 +6,18 @@ import re
 
 import pytest
 import torch
-from conftest import CELLS, here, refused, valid_split
+from conftest import here, refused, valid_split
 
 import tp5
-from textloader import PAD_IX, pad_collate_fn
-from tp5 import load, new_run, schedule, train_step
+from textloader import PAD_IX, TextDataset, pad_collate_fn
+from tp5 import CELLS, load, new_run, schedule, train_step
 
 
 def small_run(cell: str, *arguments):
     """A run before its first step."""
-    return new_run(["--hidden", "6", "--embedding", "4", "--device", "cpu", "--model", cell, *arguments], "")
+    return new_run(
+        ["--hidden", "6", "--embedding", "4", "--device", "cpu", "--model", cell, *arguments], TextDataset("")
+    )
 
 
 BATCH = torch.tensor([[2, 3, 4], [5, 6, 1], [2, 1, 0], [1, 0, 0]])  # 9 symbols
