@@ -1,6 +1,7 @@
 """The equations of the three cells, right ones and ones that students write, matched against what a cell computes."""
 
 import itertools
+import time
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,15 @@ ACTIVATIONS = {
     "relu": torch.relu,
     "none": lambda a: a,
 }
-MOST_CANDIDATES = 200  # assignments followed beyond the first step
+# Of gates, of the candidate, and of C in h; the right one first.
+GATES, CANDIDATES = ("sigmoid", "softmax", "tanh"), ("tanh", "none", "sigmoid", "relu")
+OUTPUTS = ("tanh", "none", "sigmoid")
+STATE_FORGOTTEN = "the state is forgotten: every step starts from zeros"
+MOST_CANDIDATES = 200  # assignments of maps to roles that are followed beyond the first step
+
+
+class Late(Exception):
+    """The search has used up its time."""
 
 
 @dataclass
@@ -22,193 +31,153 @@ class Map:
 
     layer: str
     wx: torch.Tensor  # (K, E)
-    wh: torch.Tensor  # (K, H), or (H,) where h is multiplied element by element
+    wh: torch.Tensor  # (K, H)
     bx: torch.Tensor
     bh: torch.Tensor
 
+    def of_x(self, x):
+        return x @ self.wx.T + self.bx
+
     def of_h(self, h):
-        return (h * self.wh if self.wh.dim() == 1 else h @ self.wh.T) + self.bh
+        return h @ self.wh.T + self.bh
 
     def __call__(self, x, h):
-        return x @ self.wx.T + self.bx + self.of_h(h)
+        return self.of_x(x) + self.of_h(h)
 
 
-def chunks(weight: torch.Tensor, h: int) -> list[torch.Tensor]:
-    """A fused matrix or bias as gates of H rows."""
-    return list(weight.split(h)) if len(weight) % h == 0 else []
+def weights_of(cell) -> dict[str, torch.Tensor]:
+    """All weights by name: parameters, and tensors that are plain attributes."""
+    found = dict(cell.named_parameters())
+    for name, module in cell.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.requires_grad and value.dim() in (1, 2):
+                found.setdefault(f"{name}.{attribute}".strip("."), value)
+    return found
 
 
-def linear_layers(cell) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """(name, weight (K, N), bias) of every nn.Linear."""
-    layers = [(n, m) for n, m in cell.named_modules() if isinstance(m, nn.Linear)]
-    return [(n, m.weight.detach(), None if m.bias is None else m.bias.detach()) for n, m in layers]
+Layer = tuple[str, torch.Tensor, torch.Tensor | None]  # its name, weight (K, N) and bias
 
 
-def raw_layers(cell, weights: dict, e: int, h: int) -> list[list[tuple[str, torch.Tensor, torch.Tensor | None]]]:
-    """The weights that are plain parameters, with their biases allotted in each plausible way."""
-    linear = {
-        f"{n}.{p}"
-        for n, m in cell.named_modules()
-        if isinstance(m, (nn.Linear, nn.Embedding))
-        for p in ("weight", "bias")
-    }
-    raw = {name: w.detach() for name, w in weights.items() if name not in linear}
-    matrices, sizes = [], (e, h, e + h)
+def allotments(cell, e: int, h: int):
+    """The layers of a cell: nn.Linear, and plain matrices with the plain biases allotted in each plausible way."""
+    linear = [(n, m.weight, m.bias) for n, m in cell.named_modules() if isinstance(m, nn.Linear)]
+    in_modules = {id(w) for m in cell.modules() if isinstance(m, (nn.Linear, nn.Embedding)) for w in m.parameters()}
+    raw = {name: w for name, w in weights_of(cell).items() if id(w) not in in_modules}
+    matrices = []
     for name, w in raw.items():
-        if w.dim() == 2 and w.shape[1] in sizes and w.shape[0] % h == 0:
-            matrices.append((name, w))
-        if w.dim() == 2 and w.shape[0] in sizes and w.shape[1] % h == 0:
-            matrices.append((name, w.T))
+        for matrix in (w, w.T) if w.dim() == 2 else ():
+            if matrix.shape[1] in (e, h, e + h) and matrix.shape[0] % h == 0:
+                matrices.append((name, matrix))
     biases = [w.reshape(-1) for w in raw.values() if w.numel() % h == 0 and (w.dim() == 1 or 1 in w.shape)]
-    by_input = {n: [m for m in matrices if m[1].shape[1] == n] for n in sizes}
-    owners = [[], by_input[e + h], by_input[e], by_input[h], by_input[e] + by_input[h]]
-    mixed = [m for pair in zip(by_input[e], by_input[h], strict=False) for m in pair]
-    allotments = []
-    for owner in [*owners, mixed]:
-        given = {id(m[1]): b for m, b in zip(owner, biases, strict=False) if len(b) == m[1].shape[0]}
-        allotments.append([(n, w, given.get(id(w))) for n, w in matrices])
-    return allotments[: 1 if not biases else None]
+    of_x, of_h, of_both = ([m for m in matrices if m[1].shape[1] == n] for n in (e, h, e + h))
+    in_turn = [m for pair in zip(of_x, of_h, strict=False) for m in pair]
+    for owners in [[], of_both, of_x, of_h, of_x + of_h, in_turn] if biases else [[]]:
+        given = {id(m[1]): b for m, b in zip(owners, biases, strict=False) if len(b) == len(m[1])}
+        yield linear + [(name, w, given.get(id(w))) for name, w in matrices]
 
 
-def vectors(weights: dict, h: int) -> list[tuple[str, torch.Tensor]]:
-    """Weights of H numbers, which may multiply h element by element."""
-    return [(n, w.detach()) for n, w in weights.items() if w.dim() == 1 and len(w) == h and "bias" not in n]
-
-
-def maps_of(layers, e: int, h: int, extra=(), in_order: bool = False) -> list[Map]:
+def maps_of(layers: list[Layer], e: int, h: int, vectors=(), in_order: bool = False) -> list[Map]:
     """Every map of x and h to gates that the layers allow; `in_order`: the k-th of x goes with the k-th of h."""
-    zero, found = torch.zeros(h), []
-    xs, hs = [], []
+    found, xs, hs = [], [], []
     for name, weight, bias in layers:
-        parts = chunks(weight, h) or ([weight] if weight.shape[0] == e + h else [])
-        biases = (
-            [torch.zeros(len(parts[0]))] * len(parts) if bias is None else bias.split(len(parts[0])) if parts else []
-        )
-        for k, (w, b) in enumerate(zip(parts, biases, strict=False)):
+        if len(weight) % h and len(weight) != e + h:
+            continue
+        parts = weight.split(len(weight) if len(weight) % h else h)  # a fused matrix holds several gates
+        biases = torch.zeros(len(weight)).split(len(parts[0])) if bias is None else bias.split(len(parts[0]))
+        for k, (w, b) in enumerate(zip(parts, biases, strict=True)):
             label = f"{name}[{k}]" if len(parts) > 1 else name
-            nothing = torch.zeros(len(w))
             if weight.shape[1] == e + h:
-                found.append(Map(label, w[:, h:], w[:, :h], b, nothing))
-                found.append(Map(label, w[:, :e], w[:, e:], b, nothing))
+                nothing = torch.zeros(len(w))
+                found += [Map(label, w[:, h:], w[:, :h], b, nothing), Map(label, w[:, :e], w[:, e:], b, nothing)]
             if weight.shape[1] == e and len(w) == h:
                 xs.append((label, w, b))
             if weight.shape[1] == h and len(w) == h:
                 hs.append((label, w, b))
-    hs += [(name, w, zero) for name, w in extra]
-    pairs = list(zip(xs, hs, strict=False)) if len(xs) == len(hs) else []
+    hs += [(name, torch.diag(w), torch.zeros(h)) for name, w in vectors]
+    pairs = list(zip(xs, hs, strict=True)) if len(xs) == len(hs) else []
     if not in_order and len(xs) * len(hs) <= 64:
-        pairs += [
-            pair for pair in itertools.product(xs, hs) if not any(pair[0] is p and pair[1] is q for p, q in pairs)
-        ]
-    found += [Map(f"{x[0]} and {h_[0]}", x[1], h_[1], x[2], h_[2]) for x, h_ in pairs]
-    return found
+        ordered = {(id(x), id(h_)) for x, h_ in pairs}
+        pairs += [(x, h_) for x, h_ in itertools.product(xs, hs) if (id(x), id(h_)) not in ordered]
+    return found + [Map(f"{x[0]} and {h_[0]}", x[1], h_[1], x[2], h_[2]) for x, h_ in pairs]
 
 
-def all_maps(cell, weights: dict, e: int, h: int):
+def all_maps(cell, e: int, h: int):
     """Sets of maps to try, one for each way to allot biases."""
-    allotments = [[*linear_layers(cell), *raw] for raw in raw_layers(cell, weights, e, h)]
-    for in_order in (True, False):
-        for layers in allotments:
-            yield maps_of(layers, e, h, in_order=in_order)
-    for layers in allotments if vectors(weights, h) else ():
-        yield maps_of(layers, e, h, vectors(weights, h))
+    layers = list(allotments(cell, e, h))
+    for in_order, allotment in itertools.product((True, False), layers):
+        yield maps_of(allotment, e, h, in_order=in_order)
+    vectors = [(n, w) for n, w in weights_of(cell).items() if w.shape == (h,) and "bias" not in n]
+    for allotment in layers if vectors else ():
+        yield maps_of(allotment, e, h, vectors)
 
 
 def same(a, b) -> bool:
     return torch.allclose(a, b, atol=2e-4, rtol=1e-3)
 
 
-def hits(candidates: torch.Tensor, seen: torch.Tensor) -> list[tuple[int, ...]]:
-    """Indices of the candidates (…, B, H) that equal `seen` (B, H)."""
-    close = ((candidates - seen).abs() < 2e-4 + 1e-3 * seen.abs()).all(-1).all(-1)
-    return [tuple(index) for index in close.nonzero().tolist()][:MOST_CANDIDATES]
+def hits(candidates: torch.Tensor, seen: torch.Tensor, deadline: float) -> list[list[int]]:
+    """Indices of the candidates that equal `seen`."""
+    if time.process_time() > deadline:
+        raise Late
+    close = (candidates - seen).abs() < 2e-4 + 1e-3 * seen.abs()
+    return close.flatten(-seen.dim()).all(-1).nonzero().tolist()[:MOST_CANDIDATES]
 
 
 def library_cell(cell, x, states) -> str | None:
     """The name of a cell of torch.nn inside, if it computes the states."""
     for module in cell.modules():
-        if isinstance(module, (nn.RNN, nn.GRU, nn.LSTM)):
-            try:
-                first = x.transpose(0, 1) if module.batch_first else x
-                output = module(first)[0].detach()
-                output = output.transpose(0, 1) if module.batch_first else output
-            except RuntimeError:
-                continue
+        if isinstance(module, (nn.RNN, nn.GRU, nn.LSTM)) and module.input_size == x.shape[-1]:
+            output = module(x.transpose(0, 1))[0].transpose(0, 1) if module.batch_first else module(x)[0]
             if output.shape == states.shape and same(output, states):
                 return f"torch.nn.{type(module).__name__}"
     return None
 
 
-# ---------------------------------------------------------------------------------------------- RNN
-
-
 def shared_input(m: Map) -> str:
     """The mistake that one matrix multiplies both x and h."""
     left, _, right = m.layer.partition(" and ")
-    return "one matrix for x and h" if right and left == right else ""
+    return "one matrix for x and h" if left == right else ""
 
 
-def match_rnn(maps: list[Map], x, h0, states) -> tuple[str, str] | None:
-    """The equation of a plain RNN that gives the states (T, B, H), and what is wrong with it."""
-    zeros = torch.zeros_like(h0)
-    before = torch.cat([h0[None], states[:-1]])
-    ways = [("", before), ("the state is forgotten: every step starts from zeros", torch.stack([zeros] * len(states)))]
-    for mistake, h in ways:
-        for m in maps:
-            if len(m.wx) != h0.shape[-1]:
-                continue
-            a = m(x, h)
-            for name, activation in ACTIVATIONS.items():
-                if same(activation(a), states):
-                    wrong = mistake or shared_input(m)
-                    if m.wh.dim() == 1:
-                        wrong = "h is multiplied element by element, not by a matrix"
-                    if name not in ("tanh", "relu"):
-                        wrong = f"the activation is {name}, not tanh"
-                    return f"h = {name}(W·[h, x] + b)", wrong
-    return None
-
-
-# ---------------------------------------------------------------------------------------------- LSTM
-
-# (gates, candidate, what multiplies the output gate), the right one first
-LSTM_FORMS = list(
-    itertools.product(("sigmoid", "softmax", "tanh"), ("tanh", "none", "sigmoid", "relu"), ("tanh", "none", "sigmoid"))
-)
-
-
-def lstm_mistake(form, layers: dict[str, Map], forgotten: str) -> str:
-    """What is wrong with an LSTM of that form whose roles those layers play."""
-    gates, candidate, output = form
+def account(gates: str, candidate: str, output: str, roles: dict[str, Map], *problems: str) -> str:
+    """All that is wrong with a cell of those activations and maps; "" if nothing."""
     names = {}
-    for role, m in layers.items():
+    for role, m in roles.items():
         names.setdefault(m.layer, []).append(role)
-    shared = [" = ".join(roles) for roles in names.values() if len(roles) > 1]
+    shared = ", ".join(" = ".join(group) for group in names.values() if len(group) > 1)
     problems = [
         f"the gates use {gates}, not sigmoid" if gates != "sigmoid" else "",
         f"the candidate uses {candidate}, not tanh" if candidate != "tanh" else "",
         f"h is o ⊗ {output}(C), not o ⊗ tanh(C)" if output != "tanh" else "",
-        f"gates share their weights: {', '.join(shared)}" if shared else "",
-        next((problem for m in layers.values() if (problem := shared_input(m))), ""),
-        forgotten,
+        f"gates share their weights: {shared}" if shared else "",
+        next(filter(None, map(shared_input, roles.values())), ""),
+        *problems,
     ]
-    return "; ".join(problem for problem in problems if problem)
+    return "; ".join(filter(None, problems))
 
 
-def lstm_rest(maps, form, chosen, f: int, x, h0, c0, states, memory: str):
-    """True if an LSTM with those roles gives all states."""
-    gate, candidate, out = (ACTIVATIONS[name] for name in form)
-    o, i, c_ = chosen
-    h, c = h0, c0
-    for t in range(len(states)):
-        previous = {"lost": torch.zeros_like(c), "h for C": h}.get(memory, c)
-        h_in = torch.zeros_like(h) if memory == "h lost" else h
-        forget = torch.ones_like(c) if f < 0 else gate(maps[f](x[t], h_in))
-        c = forget * previous + gate(maps[i](x[t], h_in)) * candidate(maps[c_](x[t], h_in))
-        h = gate(maps[o](x[t], h_in)) * out(c)
-        if not same(h, states[t]):
-            return False
-    return True
+def plainest(guesses) -> str | None:
+    """The shortest mistake of the (activations, mistake) that fit, of the first activations with any; None if none."""
+    best, of = None, None
+    for activations, mistake in guesses:
+        if best is not None and (best == "" or activations != of):
+            break
+        if best is None or len(mistake) < len(best):
+            best, of = mistake, activations
+    return best
+
+
+def rnns(maps: list[Map], wide: list[Map], x, before, states, deadline: float):
+    """(None, mistake) of every plain RNN that gives the states (T, B, H) from x and the states before each step."""
+    inputs = {"": before, STATE_FORGOTTEN: torch.zeros_like(states)}
+    for (mistake, h), m, name in itertools.product(inputs.items(), maps, ACTIVATIONS):
+        if same(ACTIVATIONS[name](m(x, h)), states):
+            mistake = mistake or shared_input(m)
+            if torch.equal(m.wh, m.wh.diag().diag()):
+                mistake = "h is multiplied element by element, not by a matrix"
+            if name not in ("tanh", "relu"):
+                mistake = f"the activation is {name}, not tanh"
+            yield None, mistake
 
 
 MEMORIES = {
@@ -219,117 +188,86 @@ MEMORIES = {
 }
 
 
-def match_lstm(maps: list[Map], x, h0, c0, states) -> tuple[str, str] | None:
-    """The equations of an LSTM that give the states (T, B, H), and what is wrong with them."""
-    maps = [m for m in maps if len(m.wx) == h0.shape[-1]]
-    if not maps:
-        return None
-    a = torch.stack([m(x[0], h0) for m in maps])  # (n, B, H), first step: C was c0
-    best = None
-    for form in LSTM_FORMS if len(maps) <= 20 else LSTM_FORMS[:1]:
+def lstms(maps: list[Map], wide: list[Map], x, before, states, deadline: float):
+    """(activations, mistake) of every LSTM that does."""
+    a, a_lost = (torch.stack([m(x, h) for m in maps]) for h in (before, before * 0))  # (n, T, B, H)
+    forms = list(itertools.product(GATES, CANDIDATES, OUTPUTS))
+    for form in forms if len(maps) <= 20 else forms[:1]:
         gate, candidate, out = (ACTIVATIONS[name] for name in form)
-        s = gate(a)
-        c1 = s[:, None] * candidate(a)[None]  # (i, c)
-        first = hits(s[:, None, None] * out(c1)[None], states[0])
-        for memory in MEMORIES:
-            for chosen, f in itertools.product(first, range(-1, 0 if memory == "lost" else len(maps))):
-                if lstm_rest(maps, form, chosen, f, x, h0, c0, states, memory):
-                    roles = dict(zip("oiC", (maps[k] for k in chosen), strict=True))
-                    forgotten = MEMORIES[memory]
-                    if f >= 0:
-                        roles["f"] = maps[f]
-                    elif memory != "lost":
-                        forgotten = "there is no forget gate"
-                    mistake = lstm_mistake(form, roles, forgotten)
-                    if not mistake:
-                        return "LSTM", ""
-                    if best is None or len(mistake) < len(best):
-                        best = mistake
-            if best is not None:
-                return "LSTM", best
-    return None
+        s = gate(a[:, 0])
+        c1 = s[:, None] * candidate(a[:, 0])[None]  # (i, candidate), after one step
+        first = hits(s[:, None, None] * out(c1)[None], states[0], deadline)
+        for memory, (o, i, c) in itertools.product(MEMORIES, first):
+            seen = a_lost if memory == "h lost" else a
+            gates, new = gate(seen), candidate(seen[c])
+            f = torch.cat([torch.ones_like(gates[:1]), gates])[: 1 if memory == "lost" else None]
+            memories, kept = [], before[0] * 0
+            for t in range(len(x)):
+                previous = {"lost": kept * 0, "h for C": before[t]}.get(memory, kept)
+                kept = f[:, t] * previous + gates[i, t] * new[t]
+                memories.append(kept)
+            for (k,) in hits(gates[o] * out(torch.stack(memories, 1)), states, deadline):
+                roles = {"o": maps[o], "i": maps[i], "C": maps[c]} | ({"f": maps[k - 1]} if k else {})
+                forgotten = MEMORIES[memory] if k or memory == "lost" else "there is no forget gate"
+                yield form, account(*form, roles, forgotten)
 
-
-# ----------------------------------------------------------------------------------------------- GRU
 
 RESETS = {
     "before": "",
     "after": "",  # torch.nn.GRU's: r ⊗ (W_h h + b)
     "none": "the reset gate is not used",
-    "x too": "the reset gate multiplies x, too",
-    "x too, first": "the reset gate multiplies x, too",  # r ⊗ [x, h]
+    "x too": "the reset gate multiplies x, too",  # r ⊗ [h, x]
+    "x first": "the reset gate multiplies x, too",  # r ⊗ [x, h]
 }
 
 
 def candidate_of(m: Map, r, x, h, reset: str):
     """The argument of a GRU's candidate."""
+    if reset == "none":
+        return m(x, h)
     if reset == "before":
         return m(x, r * h)
     if reset == "after":
-        return x @ m.wx.T + m.bx + r * m.of_h(h)
-    if reset.startswith("x too"):
-        size = x.shape[-1] if reset.endswith("first") else h.shape[-1]
-        first, second = (r, r) if r.shape == x.shape else (r[..., :size], r[..., size:])
-        return m(first * x, second * h) if reset.endswith("first") else m(second * x, first * h)
-    return m(x, h)
+        return m.of_x(x) + r * m.of_h(h)
+    if r.shape == x.shape:
+        return m(r * x, r * h)
+    if reset == "x first":
+        return m(r[..., : x.shape[-1]] * x, r[..., x.shape[-1] :] * h)
+    return m(r[..., h.shape[-1] :] * x, r[..., : h.shape[-1]] * h)
 
 
-def gru_steps(gate, candidate, z, r, w, reset, update, forget, x, h0, states) -> bool:
-    """True if a GRU with those maps gives all states."""
-    h = h0
-    for t in range(len(states)):
-        before = torch.zeros_like(h) if forget else h
-        reset_gate = None if reset == "none" else gate(r(x[t], before))
-        new = candidate(candidate_of(w, reset_gate, x[t], before, reset))
-        update_gate = gate(z(x[t], before))
-        h = update_gate * new + (1 - update_gate) * before if update else (1 - update_gate) * new + update_gate * before
-        if not same(h, states[t]):
-            return False
-    return True
+def grus(maps: list[Map], wide: list[Map], x, before, states, deadline: float):
+    """(activations, mistake) of every GRU that does; `wide` are maps to the size of [h, x]."""
+    inputs = {"": before, STATE_FORGOTTEN: torch.zeros_like(states)}
+    forms = itertools.product(itertools.product(GATES, CANDIDATES), (True, False), RESETS, inputs.items())
+    for activations, update, reset, (forgotten, h) in forms:
+        gate, new = (ACTIVATIONS[name] for name in activations)
+        z = gate(torch.stack([m(x, h) for m in maps]))  # (n, T, B, H)
+        z = z if update else 1 - z
+        resetting = [None] if reset == "none" else maps
+        if reset.startswith("x"):  # r has the size of [h, x], or x has that of h
+            resetting = wide + (maps if x.shape == h.shape else [])
+        for r in resetting:
+            reset_gate = r and gate(r(x, h))
+            c = new(torch.stack([candidate_of(m, reset_gate, x, h, reset) for m in maps]))
+            for k, j in hits(z[:, None, 0] * c[None, :, 0], states[0], deadline):
+                if same(torch.lerp(h, c[j], z[k]), states):
+                    roles = {"z": maps[k], "candidate": maps[j]} | ({"r": r} if r else {})
+                    yield activations, account(*activations, "tanh", roles, RESETS[reset], forgotten)
 
 
-def gru_mistake(gates: str, candidate: str, roles: dict[str, Map], reset: str, forget: bool) -> str:
-    """What is wrong with a GRU of that form whose roles those layers play."""
-    names = {}
-    for role, m in roles.items():
-        names.setdefault(m.layer, []).append(role)
-    shared = [" = ".join(group) for group in names.values() if len(group) > 1]
-    problems = [
-        f"the gates use {gates}, not sigmoid" if gates != "sigmoid" else "",
-        f"the candidate uses {candidate}, not tanh" if candidate != "tanh" else "",
-        f"gates share their weights: {', '.join(shared)}" if shared else "",
-        RESETS[reset],
-        next((problem for m in roles.values() if (problem := shared_input(m))), ""),
-        "the state is forgotten: every step starts from zeros" if forget else "",
-    ]
-    return "; ".join(problem for problem in problems if problem)
+CELLS = {"rnn": rnns, "lstm": lstms, "gru": grus}
 
 
-def match_gru(maps: list[Map], x, h0, states) -> tuple[str, str] | None:
-    """The equations of a GRU that give the states (T, B, H), and what is wrong with them."""
-    size = h0.shape[-1]
-    wide, maps = [m for m in maps if len(m.wx) != size], [m for m in maps if len(m.wx) == size]
-    if not maps:
-        return None
-    best = None
-    for gates, candidate in itertools.product(("sigmoid", "softmax", "tanh"), ("tanh", "sigmoid", "none", "relu")):
-        gate, new = ACTIVATIONS[gates], ACTIVATIONS[candidate]
-        a = torch.stack([m(x[0], h0) for m in maps])
-        for update, (reset, forget) in itertools.product((True, False), itertools.product(RESETS, (False, True))):
-            u = gate(a) if update else 1 - gate(a)
-            resetting = [None] if reset == "none" else maps
-            if reset.startswith("x too"):  # r has the size of [h, x], or x has that of h
-                resetting = wide + (maps if x.shape[-1] == size else [])
-            for r in resetting:
-                r0 = None if r is None else gate(r(x[0], h0))
-                c = torch.stack([new(candidate_of(m, r0, x[0], h0, reset)) for m in maps])
-                for z, w in hits(u[:, None] * c[None], states[0]):
-                    if gru_steps(gate, new, maps[z], r, maps[w], reset, update, forget, x, h0, states):
-                        roles = {"z": maps[z], "candidate": maps[w]} | ({} if r is None else {"r": r})
-                        mistake = gru_mistake(gates, candidate, roles, reset, forget)
-                        if not mistake:
-                            return "GRU", ""
-                        best = mistake if best is None or len(mistake) < len(best) else best
-        if best is not None:
-            return "GRU", best
+@torch.no_grad()
+def match(which: str, cell, inputs, states, deadline: float) -> tuple[str, str] | None:
+    """(library, mistake): the cell of torch.nn inside that gave those states, or "", and what is wrong; or None."""
+    if library := library_cell(cell, inputs.x, states):
+        return library, ""
+    size, before = inputs.h.shape[-1], torch.cat([inputs.h[None], states[:-1]])
+    for every in all_maps(cell, inputs.x.shape[-1], size):
+        maps, wide = [m for m in every if len(m.wx) == size], [m for m in every if len(m.wx) != size]
+        mistake = plainest(CELLS[which](maps, wide, inputs.x, before, states, deadline)) if maps else None
+        if mistake is not None:  # the plainest allotment of the weights that explains the states
+            return "", mistake
     return None

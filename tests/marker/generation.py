@@ -1,6 +1,5 @@
 """What the checks of generate and generate_beam share: cells to try, arguments by name, results in any form."""
 
-import copy
 import inspect
 import re
 import string
@@ -9,53 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .cells import Errors, Recognised, reader
-from .check_cells import understand
-from .loader import Solution, in_source
-from .report import CANNOT_RUN, MISSING, NOT_JUDGED, Verdict
-from .rigging import HIDDEN, Rigged
-from .sandbox import captured, time_limit
+from .cells import Recognised
+from .loader import Solution
+from .report import MISSING, NOT_JUDGED, Verdict
+from .rigging import HIDDEN, Rigged, Unclear
+from .sandbox import TookTooLong, attempt, captured
 
 EOS_SIGN = "\x01"
 CALL_SECONDS = 5
-
-
-class Unclear(Exception):
-    """The marker does not understand a function's parameters or its result."""
 
 
 class Nothing(Unclear):
     """A function returns nothing and prints nothing."""
 
 
-# ------------------------------------------------------------------------------------------- cells
-
-
-def library_cells() -> list[tuple[str, Recognised]]:
+def library_cells() -> list[Recognised]:
     """torch.nn's cells, for generators that were written for those."""
-
-    def call(cell, i):
-        return cell(i.x)
-
-    return [
-        (f"torch.nn.{kind.__name__}", Recognised(kind, 0, None, call, reader((0, 0)), kind.__name__))
-        for kind in (nn.RNN, nn.GRU, nn.LSTM)
-    ]
-
-
-def cells_of(solution: Solution) -> list[tuple[str, Recognised]]:
-    """The student's cells that are understood, right or wrong, then torch.nn's."""
-    found = []
-    for which in ("rnn", "gru", "lstm"):
-        kind = solution.find(which)
-        if isinstance(kind, type) and issubclass(kind, nn.Module):
-            recognised = understand(kind, which, Errors())
-            if recognised is not None:
-                found.append((kind.__name__, recognised))
-    return found + library_cells()
-
-
-# -------------------------------------------------------------------------------------------- symbols
+    return [Recognised(kind) for kind in (nn.RNN, nn.GRU, nn.LSTM)]
 
 
 @dataclass
@@ -69,21 +38,23 @@ class Symbols:
     @classmethod
     def of(cls, solution: Solution):
         tables = [vars(m).get("id2lettre") for m in solution.modules.values()]
-        tables = [dict(enumerate(t)) if isinstance(t, list) else t for t in tables]
-        table = next((t for t in tables if isinstance(t, dict) and len(t) > 50), None)
-        if table is None:
-            letters = string.ascii_letters + string.punctuation + string.digits + " "
-            table = dict(enumerate(letters, start=2)) | {0: "<PAD>", 1: "<EOS>"}
+        tables = [dict(enumerate(t)) if isinstance(t, (list, str)) else t for t in tables]
+        letters = string.ascii_letters + string.punctuation + string.digits + " "
+        handout = {0: "<PAD>", 1: "<EOS>"} | dict(enumerate(letters, start=2))
+        table = next((t for t in tables if isinstance(t, dict) and len(t) > 20), handout)
         rare = next((code for code, letter in table.items() if letter == "|"), 1)  # where no EOS is named
-        return cls(solution.value("PAD_IX", 0), solution.value("EOS_IX", rare), table)
+        return cls(solution.code("PAD|BLANK", 0), solution.code("EOS", rare), table)
 
     @property
     def count(self) -> int:
         return max(self.id2lettre) + 1
 
     def codes(self, text: str) -> tuple[int, ...]:
+        """The codes of a text; Unclear if the alphabet has not all its letters."""
         back = {letter: code for code, letter in self.id2lettre.items()} | {EOS_SIGN: self.eos}
-        return tuple(back[char] for char in text)
+        if not all(letter in back for letter in text):
+            raise Unclear(f"its alphabet has not all the letters of {text!r}")
+        return tuple(back[letter] for letter in text)
 
     def text(self, codes) -> str:
         shown = {**self.id2lettre, self.eos: EOS_SIGN, self.pad: ""}
@@ -103,126 +74,148 @@ class Symbols:
         return wanted
 
 
+def is_code(part) -> bool:
+    return isinstance(part, int) or (
+        isinstance(part, torch.Tensor) and part.numel() == 1 and not part.is_floating_point()
+    )
+
+
 def text_of(result, symbols: Symbols) -> str | None:
     """A sentence in any form, as text with EOS_SIGN; None if it is none."""
     if hasattr(result, "text") and isinstance(result.text, str):
         return result.text + (EOS_SIGN if getattr(result, "ended", False) else "")
     if isinstance(result, str):
-        eos, pad = symbols.id2lettre.get(symbols.eos, ""), symbols.id2lettre.get(symbols.pad, "")
+        eos, pad = symbols.id2lettre.get(symbols.eos), symbols.id2lettre.get(symbols.pad)
         for sign, into in ((eos, EOS_SIGN), (pad, ""), ("<EOS>", EOS_SIGN), ("<PAD>", "")):
-            result = result.replace(sign, into) if len(sign) > 0 else result
+            result = result.replace(sign, into) if sign else result
         return result.split("-->")[-1].strip(" \n") if "-->" in result else result
-    if isinstance(result, torch.Tensor):
-        return (
-            symbols.text(result.reshape(-1).tolist()) if not result.is_floating_point() or result.numel() > 1 else None
-        )
+    if isinstance(result, torch.Tensor) and (not result.is_floating_point() or result.numel() > 1):
+        return symbols.text(result.reshape(-1).tolist())
     if isinstance(result, (list, tuple)) and result:
-        if all(isinstance(part, str) for part in result):
-            return (
-                text_of("".join(result), symbols) if all(len(p) <= 5 for p in result) else text_of(result[0], symbols)
-            )
-        if all(isinstance(p, int) or (isinstance(p, torch.Tensor) and p.numel() == 1) for p in result):
-            return symbols.text([int(p) for p in result])
-        return text_of(result[0], symbols)
+        if all(isinstance(part, str) and len(part) <= 5 for part in result):
+            return text_of("".join(result), symbols)
+        return symbols.text(result) if all(map(is_code, result)) else text_of(result[0], symbols)
     return None
 
 
 def continuation(text: str, prompt: str) -> str:
-    """A text without its prompt."""
     text = text.lstrip(EOS_SIGN)
     return text[len(prompt) :] if text.startswith(prompt) else text
 
 
-# ---------------------------------------------------------------------------------------------- calls
+# What a parameter's name says that it is; the first that fits.
+PARAMETERS = [
+    (r"^(rnn|model|net|cell|lstm|gru|reseau|modele)", "rnn"), (r"soft", "softmax"), (r"device", "device"),
+    (r"lstm|^c$|has_c|is_c", "lstm"), (r"nuc", "nucleus"), (r"^alpha|^p$|top_?p", "alpha"),
+    (r"emb|^enc", "emb"), (r"dec|^lin|^out", "decoder"), (r"eos|^end", "eos"),
+    (r"^k$|beam|width|top_?k|n_best", "k"), (r"start|prompt|seed|prefix|begin|debut|text|^s$|phrase", "start"),
+    (r"latent|hidden_?(size|dim)|dim_?h|h_?dim|^h_?size", "hidden"), (r"hid|^h0?$", "h"),
+    (r"max|len|^n$|long|num|steps", "maxlen"), (r"dict|voc|n_?sym", "symbols"),
+]  # fmt: skip
+DEFAULTS = ("nucleus", "softmax", "h", "hidden", "symbols", "device")  # where there is a default, it is as good
 
 
-def argument(name: str, parameter, values: dict):
-    """The value for one parameter, by its name; `parameter.empty` if unknown."""
-    patterns = [
-        (r"^(rnn|model|net|cell|lstm|gru|reseau|modele)", "rnn"), (r"soft", "softmax"), (r"device", "device"),
-        (r"lstm|^c$|has_c|is_c", "lstm"), (r"nuc", "nucleus"), (r"^alpha|^p$|top_?p", "alpha"),
-        (r"emb|^enc", "emb"), (r"dec|^lin|^out", "decoder"), (r"eos|^end", "eos"),
-        (r"^k$|beam|width|top_?k|n_best", "k"), (r"start|prompt|seed|prefix|begin|debut|text|^s$|phrase", "start"),
-        (r"latent|hidden_?(size|dim)|dim_?h|h_?dim|^h_?size", "hidden"), (r"hid|^h0?$", "h"),
-        (r"max|len|^n$|long|num|steps", "maxlen"), (r"dict|voc|n_?sym", "symbols"),
-    ]  # fmt: skip
-    meaning = next((value for pattern, value in patterns if re.search(pattern, name.lower())), None)
-    optional = parameter.default is not parameter.empty
-    if optional and parameter.kind == parameter.KEYWORD_ONLY:
-        return parameter.default
-    if meaning in ("nucleus", "lstm", "softmax", "h", "hidden", "symbols", "device") and optional:
-        if meaning == "lstm" and isinstance(parameter.default, bool):
-            return values["lstm"]
-        return False if meaning == "nucleus" and isinstance(parameter.default, bool) else parameter.default
-    if meaning in values:
-        return values[meaning]
-    return parameter.default if optional else parameter.empty
+def arguments_for(function, values: dict) -> dict:
+    """Keywords for a function of the handout, by its parameters' names; Unclear if one is not understood."""
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        meaning = next((value for pattern, value in PARAMETERS if re.search(pattern, name.lower())), None)
+        optional = parameter.default is not parameter.empty or parameter.kind.name.startswith("VAR")
+        if optional and (parameter.kind == parameter.KEYWORD_ONLY or meaning not in values or meaning in DEFAULTS):
+            continue
+        if meaning not in values:
+            raise Unclear("its parameters are not understood")
+        if not parameter.kind.name.startswith("VAR"):
+            found[name] = values[meaning]
+    return found
 
 
-def arguments_for(function, values: dict) -> dict | None:
-    """Keywords for a function of the handout, by its parameters' names; None if one is not understood."""
-    parameters = inspect.signature(function).parameters
-    plain = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    found = {name: argument(name, parameter, values) for name, parameter in plain.items()}
-    return None if any(value is inspect.Parameter.empty for value in found.values()) else found
-
-
-def call(function, name: str, model: Rigged, symbols: Symbols, seed: int, **more):
-    """What a generator returns (or prints) for a rigged model; raises what the last way raised."""
-    error = None
-    text, codes = more["start"], torch.tensor(symbols.codes(more["start"]))
+def call(function, model: Rigged, symbols: Symbols, seed: int, **more):
+    """What a generator returns, or the lines that it prints, for a rigged model; raises what the first way raised."""
+    first, text = None, more["start"]
     sign = symbols.id2lettre.get(symbols.eos, symbols.eos)
-    for start, eos in ((text, symbols.eos), (text, sign), (codes, symbols.eos)):
-        cell = copy.deepcopy(model.cell)
-        inner = next((m for m in cell.modules() if isinstance(m, nn.Embedding)), None)
+    for start, eos in ((text, symbols.eos), (text, sign), (torch.tensor(symbols.codes(text)), symbols.eos)):
+        rnn, emb, decoder = model.parts()
         values = {
-            "rnn": cell, "emb": inner or model.emb, "decoder": model.decoder(cell), "eos": eos,
-            "softmax": nn.LogSoftmax(-1), "device": "cpu",
-            "lstm": "lstm" in name.lower(), "nucleus": False, "alpha": 0.999, "hidden": HIDDEN,
+            "rnn": rnn, "emb": emb, "decoder": decoder, "eos": eos, "softmax": nn.LogSoftmax(-1), "device": "cpu",
+            "lstm": "lstm" in model.recognised.name.lower(), "nucleus": False, "alpha": 0.999, "hidden": HIDDEN,
             "h": torch.zeros(1, HIDDEN), "symbols": symbols.count, **more, "start": start,
         }  # fmt: skip
         keywords = arguments_for(function, values)
-        if keywords is None:
-            raise Unclear("its parameters are not understood")
-        torch.manual_seed(seed)
-        try:
-            with captured() as printed, time_limit(CALL_SECONDS), torch.no_grad():
+
+        def run(keywords=keywords):
+            with captured() as printed:
                 result = function(**keywords)
-            if result is None and not printed.getvalue().strip():
-                raise Nothing("it returns nothing")
             return printed.getvalue().strip().split("\n") if result is None else result
-        except BaseException as caught:
-            error = error or caught
-    raise error
+
+        torch.manual_seed(seed)
+        result, error = attempt(run, seconds=CALL_SECONDS)
+        if isinstance(error, TookTooLong):
+            raise error
+        if error is None:
+            if isinstance(result, list) and result == [""]:
+                raise Nothing("it returns nothing")
+            return result
+        first = first or error
+    raise first
 
 
-# ------------------------------------------------------------------------------------------- trials
+def length_mistake(function, write) -> str:
+    """The mistake that `maxlen` is ignored, or ""; `write()` gives the text that it writes with maxlen = 2."""
+    parameters = inspect.signature(function).parameters.values()
+    if not any(re.search(r"max|^len", p.name.lower()) and p.kind != p.KEYWORD_ONLY for p in parameters):
+        return ""
+    try:
+        text = write()
+    except BaseException:  # a length of 2 may be less than it takes
+        return ""
+    if len(text.split(EOS_SIGN)[0]) <= 3:  # however the prompt and EOS are counted
+        return ""
+    return f"maxlen is ignored: with maxlen = 2 it writes {readable(text)!r}"
 
 
-@dataclass
-class Trial:
-    """A generator with one cell: what it wrote, or what it raised."""
-
-    cell: str
-    model: Rigged | None
-    prompt: str = ""
-    got: str = ""
-    again: str = ""
-    error: BaseException | None = None
+def readable(text: str) -> str:
+    return text.replace(EOS_SIGN, "<EOS>")[:14]
 
 
-def failed(solution: Solution, trials: list[Trial]) -> Verdict:
+def try_cells(solution: Solution, cells: dict, write) -> tuple[list, list[tuple[Recognised, BaseException]], list]:
+    """What `write(cell)` gives, the cells with which it raises, and the names of cells that are wrong."""
+    found = [Recognised(solution.find(which), **plain) for which, plain in cells.items() if plain]
+    own, at_fault = [cell for cell in found if not cell.mistake], [cell.name for cell in found if cell.mistake]
+    outcomes, errors = [], []
+    for cell in own + ([] if at_fault else library_cells()):
+        if cell.in_library and outcomes:  # torch.nn's are tried where the student's own give nothing
+            break
+        try:
+            outcomes.append(write(cell))
+        except BaseException as error:  # whatever a student's function raises
+            errors.append((cell, error))
+            if isinstance(error, TookTooLong):
+                break
+    return outcomes, errors, at_fault
+
+
+def failed(solution: Solution, errors: list[tuple[Recognised, BaseException]], at_fault: list[str]) -> Verdict:
     """The verdict if a generator raised with every cell."""
-    errors = [trial.error for trial in trials if trial.error is not None]
-    if errors and all(isinstance(error, Nothing) for error in errors):
-        return Verdict(MISSING, str(errors[0]))
-    understood = [e for e in errors if not isinstance(e, Unclear)]
-    if not understood:
-        return Verdict(NOT_JUDGED, str(errors[0]) if errors else "no cell to try it with")
-    first = understood[0]
-    skipped = solution.skipped.get(getattr(first, "name", None) or "")
-    if isinstance(first, NameError) and skipped:
-        return Verdict(NOT_JUDGED, f"it needs `{first.name}`, which {skipped} sets and the marker did not run")
-    own_cells = [t for t in trials if not t.cell.startswith("torch.nn")]
-    certain = isinstance(first, (NameError, AttributeError, ImportError)) and in_source(solution, first)
-    return Verdict(CANNOT_RUN if certain and own_cells else NOT_JUDGED, solution.where(first))
+    if at_fault:
+        return Verdict(NOT_JUDGED, f"it waits for {' and '.join(at_fault)}, which must be right first")
+    if all(isinstance(error, Nothing) for _, error in errors):
+        return Verdict(MISSING, "it returns nothing")
+    cell, error = next((pair for pair in errors if not isinstance(pair[1], Unclear)), errors[0])
+    if isinstance(error, Unclear):
+        return Verdict(NOT_JUDGED, str(error))
+    verdict = solution.failure([error])
+    if cell.in_library:  # it may be written for another cell
+        verdict.status = NOT_JUDGED
+    return verdict
+
+
+def not_run(errors: list[tuple[Recognised, BaseException]]) -> str:
+    """With which cells a right generator did not run, in words; it need not have been written for them."""
+    cells = [f"{cell.name}: {type(error).__name__}" for cell, error in errors]
+    return f"(not with {', '.join(cells)})" if cells else ""
+
+
+def knows_lstm(solution: Solution, question: str) -> bool:
+    """True if a generator seems to be written for an LSTM, too."""
+    return bool(re.search(r"lstm|tuple|\bc\b|cell", solution.text(question), re.IGNORECASE))

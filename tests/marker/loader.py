@@ -12,8 +12,9 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .sandbox import TookTooLong, time_limit
-from .source import MAIN_FILES, Source, defined, is_empty
+from .report import CANNOT_RUN, NOT_JUDGED, Verdict
+from .sandbox import TookTooLong, attempt
+from .source import DEFINITIONS, MAIN_FILES, NAMES, Source, defined, is_empty, is_unanswered
 
 STATEMENT_SECONDS = 1.5  # of CPU
 CHEAP_METHODS = {"append", "update", "extend", "insert", "setdefault", "add"}
@@ -23,20 +24,6 @@ WORK = re.compile(
     r"DataLoader|Writer|Thread|Process|Popen|system|remove|rmtree|unlink|mkdir|download|get_dataset|prepare|backward|step",
     re.IGNORECASE,
 )
-
-
-# The handout's name for each answer, and what students call it otherwise.
-DEFINITIONS = {
-    "batches": ("pad_collate_fn", r"collate"),
-    "dataset": ("TextDataset", ""),
-    "loss": ("maskedCrossEntropy", r"mask\w*cross"),
-    "generate": ("generate", r"^generate_?(text|greedy|sentence|n|1|one)?$"),
-    "rnn": ("RNN", r"^_?(my|custom|vanilla|simple|char)?_?rnn"),
-    "lstm": ("LSTM", r"^_?(my|custom|char)?_?lstm"),
-    "gru": ("GRU", r"^_?(my|custom|char)?_?gru"),
-    "beam": ("generate_beam", r"beam"),
-    "nucleus": ("p_nucleus", r"nucleus"),
-}
 
 
 class Stub:
@@ -53,26 +40,17 @@ class Stub:
     def __getitem__(self, key):
         return self
 
-    def __iter__(self):
-        return iter(())
-
     def __enter__(self):
         return self
+
+    def __iter__(self):
+        return iter(())
 
     def __exit__(self, *_):
         return False
 
     def __mro_entries__(self, bases):
         return (nn.Module,)
-
-
-class NoCuda(ast.NodeTransformer):
-    """Maps the device names 'cuda', 'cuda:0' and 'mps' to 'cpu'."""
-
-    def visit_Constant(self, node):
-        if isinstance(node.value, str) and re.fullmatch(r"cuda(:\d+)?|mps", node.value):
-            return ast.copy_location(ast.Constant("cpu"), node)
-        return node
 
 
 @dataclass
@@ -82,81 +60,98 @@ class Solution:
     sources: list[Source]
     modules: dict[str, ModuleType] = field(default_factory=dict)
     repairs: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)  # name -> file:line of the statement that was not run
-    endless: set[str] = field(default_factory=set)  # file:line of statements that used up their time
+    unset: set[str] = field(default_factory=set)  # names that statements set which were not run, or do not parse
+    lost: bool = False  # everything was to be imported from a file that is not there
+    endless: set[str] = field(default_factory=set)  # places of statements that used up their time
 
     def find(self, question: str):
-        """The object that answers a question, or None."""
         found = self.definition(question)
         return vars(self.modules[found[0].stem]).get(found[1].name) if found else None
 
     def definition(self, question: str):
         """(source, node) of what answers a question, or None; an empty definition only if there is no other."""
-        name, like = DEFINITIONS[question]
-        kinds = (ast.FunctionDef, ast.ClassDef)
+        name, like = NAMES[question]
         sources = [source for source in self.sources if source.stem in self.modules]
-        nodes = [(s, node) for s in sources for node in reversed(s.tree.body) if isinstance(node, kinds)]
+        nodes = [(s, node) for s in sources for node in reversed(s.tree.body) if isinstance(node, DEFINITIONS)]
         exact = [pair for pair in nodes if pair[1].name == name]
-        alike = [pair for pair in nodes if like and re.search(like, pair[1].name, re.IGNORECASE)]
-        filled = [pair for pair in [*exact, *alike] if not is_empty(pair[1])]
-        return next(iter([*filled, *exact]), None)
+        if exact and is_unanswered(exact[0][1]):  # a handout's hole: nobody else's name fills it
+            return exact[0]
+        alike = [pair for pair in nodes if re.search(like, pair[1].name, re.IGNORECASE)]
+        return next(iter([pair for pair in [*exact, *alike] if not is_empty(pair[1])] + exact), None)
 
-    def value(self, name: str, default):
-        """A constant of the folder, such as EOS_IX."""
-        return next((vars(m)[name] for m in self.modules.values() if isinstance(vars(m).get(name), int)), default)
+    def text(self, question: str) -> str:
+        """The source text of the answer to a question, without comments."""
+        return ast.unparse(self.definition(question)[1])
+
+    def broken(self, question: str) -> str:
+        """Why the answer to a question does not parse, with its line; "" if it does, or is not there."""
+        name, like = NAMES[question]
+        pairs = [pair for source in self.sources for pair in source.broken.items()]
+        return next((why for n, why in pairs if n == name or re.search(like, n, re.IGNORECASE)), "")
+
+    def code(self, names: str, default: int) -> int:
+        """The folder's code of a symbol, such as EOS_IX; `names` is a pattern of what it may be called."""
+        for module in self.modules.values():
+            for name, value in vars(module).items():
+                if isinstance(value, int) and re.fullmatch(rf"({names})(_?(IX|IDX?|INDEX|CODE))?", name, re.IGNORECASE):
+                    return value
+        return default
 
     def where(self, error: BaseException) -> str:
-        """`error` in one line, with file, line and text of the student's statement that raised it."""
-        files = {source.name: source for source in self.sources}
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
-        what = (
-            "it does not end" if isinstance(error, TookTooLong) else f"{type(error).__name__}: {error}".split("\n")[0]
-        )
-        if not frames:
-            return what[:160]
-        line = files[frames[-1].filename].text.split("\n")[frames[-1].lineno - 1].strip()
-        return f"{what[:160]} ({frames[-1].filename}:{frames[-1].lineno}: {line[:80]})"
+        """`error` in one line, with the student's statement that raised it."""
+        what = "it does not end" if isinstance(error, TookTooLong) else f"{type(error).__name__}: {error}"
+        what, files = what.split("\n")[0][:160], {source.name: source for source in self.sources}
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if frame.filename in files:
+                line = files[frame.filename].text.split("\n")[frame.lineno - 1].strip()
+                return f"{what} ({frame.filename}, line {frame.lineno}: {line[:80]})"
+        return what
+
+    def at_fault(self, error: BaseException) -> bool:
+        """True for an error in the student's own statement that no arguments could have prevented."""
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        certain = isinstance(error, (NameError, ImportError)) or str(error).startswith("module 'torch")
+        return certain and last in {source.name for source in self.sources}
+
+    def waits_for(self, error: BaseException) -> str:
+        """What else an answer needs that is not there, in words; "" if an error is of another kind."""
+        if isinstance(error, NotImplementedError):
+            return f"it needs what is not written yet: {error}"
+        if isinstance(error, NameError) and (self.lost or error.name in self.unset):
+            return f"it needs `{error.name}`, which could not be read, or the marker did not run what sets it"
+        return ""
+
+    def failure(self, errors: list[BaseException], where: str = "") -> Verdict:
+        """The verdict on what raises whatever it is given: it cannot run if no input could have prevented that."""
+        if waits := next(filter(None, map(self.waits_for, errors)), ""):
+            return Verdict(NOT_JUDGED, waits)
+        certain = [error for error in errors if self.at_fault(error)]
+        return Verdict(CANNOT_RUN if certain else NOT_JUDGED, where + self.where((certain or errors)[0]))
 
 
-def in_source(solution: Solution, error: BaseException) -> bool:
-    """True if the innermost frame of an error is the student's own."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename in {s.name for s in solution.sources}
-
-
-def empty(solution: Solution, question: str) -> bool:
-    """True if the answer to a question is missing or does nothing."""
-    definition = solution.definition(question)
-    return definition is None or is_empty(definition[1])
-
-
-def calls_work(node: ast.AST, solution: Solution, classes: set[str]) -> bool:
+def calls_work(node: ast.AST, work: set[str]) -> bool:
     """True if a statement calls what looks like work rather than a constant."""
-    functions = {n.name for s in solution.sources for n in s.tree.body if isinstance(n, ast.FunctionDef)}
     for call in ast.walk(node):
         if isinstance(call, (ast.Await, ast.Yield)):
             return True
         if isinstance(call, ast.Call):
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-            if name in functions - {"normalize", "string2code", "code2string"} or WORK.search(name) or name in classes:
+            if name in work or WORK.search(name):
                 return True
     return False
 
 
-def runnable(node: ast.stmt, solution: Solution, classes: set[str]) -> bool:
+def runnable(node: ast.stmt, work: set[str]) -> bool:
     """True for the statements that are run: definitions, constants, and blocks of such."""
-    if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Pass)):
+    if isinstance(node, (*DEFINITIONS, ast.Import, ast.ImportFrom, ast.AsyncFunctionDef, ast.Pass)):
         return True
     if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-        return not calls_work(node, solution, classes)
+        return not calls_work(node, work)
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-        return node.value.func.attr in CHEAP_METHODS and not calls_work(node, solution, classes)
+        return node.value.func.attr in CHEAP_METHODS and not calls_work(node, work)
     if isinstance(node, (ast.If, ast.For)):
         test = node.test if isinstance(node, ast.If) else node.iter
-        parts = [*node.body, *node.orelse]
-        return not calls_work(test, solution, classes) and all(runnable(p, solution, classes) for p in parts)
+        return not calls_work(test, work) and all(runnable(part, work) for part in [*node.body, *node.orelse])
     return False
 
 
@@ -164,10 +159,12 @@ class Loader:
     """Runs the files of a folder statement by statement; a sibling's import loads that sibling."""
 
     def __init__(self, sources: list[Source], endless: set[str]):
-        self.solution = Solution(sources, repairs=[repair for source in sources for repair in source.repairs])
-        self.solution.endless |= endless
+        repairs = [repair for source in sources for repair in source.repairs]
+        broken = {name for source in sources for name in source.broken}
+        self.solution = Solution(sources, repairs=repairs, unset=broken, endless=endless)
         self.by_stem = {source.stem: source for source in sources if source.stem not in sys.stdlib_module_names}
-        self.classes = {n.name for s in sources for n in s.tree.body if isinstance(n, ast.ClassDef)}
+        own = {n.name for s in sources for n in s.tree.body if isinstance(n, DEFINITIONS)}
+        self.work = own - {"normalize", "string2code", "code2string"}  # calls of those may train
 
     def load(self, stem: str) -> ModuleType:
         """The module of a file; one that is being loaded already comes as it stands (a circular import)."""
@@ -195,109 +192,84 @@ class Loader:
             for alias in node.names:
                 self.import_one(node, alias, source, module)
             return
-        place = f"{source.name}:{node.lineno}"
-        if runnable(node, self.solution, self.classes) and place not in self.solution.endless:
-            try:
-                code = compile(ast.Module([NoCuda().visit(node)], []), source.name, "exec")
-                with time_limit(STATEMENT_SECONDS):
-                    exec(code, vars(module))
-                return
-            except BaseException as error:
-                if isinstance(error, TookTooLong):
-                    self.solution.endless.add(place)
-                if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                    self.solution.repairs.append(f"{place}: {node.name}: {self.solution.where(error)}")
-                    self.run_without_calls(node, source, module)
-        for name in targets(node):
-            self.solution.skipped[name] = place
+        place = f"{source.name}, line {node.lineno}"
 
-    def run_without_calls(self, node, source: Source, module: ModuleType) -> None:
-        """A class whose body fails, with its methods alone."""
-        if not isinstance(node, ast.ClassDef):
-            return
-        node.body = [part for part in node.body if isinstance(part, ast.FunctionDef)] or [ast.Pass()]
-        node.decorator_list = []
-        try:
-            code = compile(ast.fix_missing_locations(ast.Module([node], [])), source.name, "exec")
-            with time_limit(STATEMENT_SECONDS):
-                exec(code, vars(module))
-        except BaseException as error:
-            self.solution.repairs.append(f"{source.name}:{node.lineno}: {node.name}: {self.solution.where(error)}")
+        def execute():
+            exec(compile(ast.Module([node], []), source.name, "exec"), vars(module))
+
+        if place not in self.solution.endless and runnable(node, self.work):
+            error = attempt(execute, seconds=STATEMENT_SECONDS)[1]
+            if error is None:
+                return
+            if isinstance(error, TookTooLong):
+                self.solution.endless.add(place)
+            if isinstance(node, DEFINITIONS):
+                self.solution.repairs.append(f"{place}: {node.name}: {self.solution.where(error)}")
+        self.solution.unset.update(targets(node))
 
     def import_one(self, node, alias: ast.alias, source: Source, module: ModuleType) -> None:
         """One imported name: of a sibling, of an installed package, or a stub."""
-        whole = isinstance(node, ast.Import)
-        name, space = alias.name if whole else node.module or "", vars(module)
-        sibling, bound = name.split(".")[-1], alias.asname or alias.name
-        if not whole and sibling not in self.by_stem and alias.name in self.by_stem:
-            space[bound] = self.load(alias.name)  # from folder import textloader
-            return
-        local = sibling in self.by_stem and sibling != source.stem
-        try:
-            with time_limit(5):
-                found = self.load(sibling) if local else self.package(name)
-                if whole:
-                    top = found if alias.asname or local else sys.modules[name.split(".")[0]]
-                    space[alias.asname or name.split(".")[0]] = top
-                elif alias.name == "*":
-                    names = getattr(found, "__all__", None) or [key for key in vars(found) if not key.startswith("_")]
-                    space.update({key: getattr(found, key) for key in names})
-                else:
-                    space[bound] = getattr(found, alias.name)
-        except BaseException as error:
-            if alias.name != "*":
+        whole, star, space = isinstance(node, ast.Import), alias.name == "*", vars(module)
+        name = alias.name if whole else node.module or ""
+        sibling = name.split(".")[-1]
+        bound = alias.asname or (alias.name if not whole or sibling in self.by_stem else name.split(".")[0])
+        if not whole and sibling not in self.by_stem and alias.name in self.by_stem:  # from folder import textloader
+            whole, sibling = True, alias.name
+        if sibling in self.by_stem and sibling != source.stem:
+            found, error = self.load(sibling), None
+        else:
+            found, error = attempt(package, name, seconds=5)
+        if error is None and not whole and not star and not hasattr(found, alias.name):
+            attempt(package, f"{name}.{alias.name}", seconds=5)  # a submodule is no attribute before its import
+        if error is None and whole:
+            space[bound.split(".")[0]] = found if alias.asname or sibling in self.by_stem else sys.modules[bound]
+        elif error is None and star:
+            names = getattr(found, "__all__", None) or [key for key in vars(found) if not key.startswith("_")]
+            space.update({key: getattr(found, key) for key in names})
+        elif error is None and hasattr(found, alias.name):
+            space[bound] = getattr(found, alias.name)
+        else:
+            if star:
+                self.solution.lost = True
+            else:
                 space[bound.split(".")[0]] = Stub()
             if sibling != source.stem and "tensorboard" not in name:
-                what = name if alias.name == "*" or whole else f"{name}.{alias.name}"
-                self.solution.repairs.append(
-                    f"{source.name}:{node.lineno}: {what} is not there ({type(error).__name__}); a stand-in was given"
-                )
+                what = name if star or whole else f"{name}.{alias.name}"
+                place = f"{source.name}, line {node.lineno}"
+                self.solution.repairs.append(f"{place}: {what} is not there; a stand-in was given")
 
     def complete_imports(self) -> None:
         """After a circular import, names that a sibling did not have yet."""
-        for module in list(self.solution.modules.values()):
-            for node in ast.walk(self.by_stem[module.__name__].tree):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[-1] in self.solution.modules:
-                    sibling = self.solution.modules[node.module.split(".")[-1]]
-                    names = vars(sibling) if node.names[0].name == "*" else [alias.name for alias in node.names]
-                    for name in names:
-                        if (
-                            name in vars(sibling)
-                            and isinstance(vars(module).get(name, Stub()), Stub)
-                            and name[0] != "_"
-                        ):
-                            vars(module)[name] = vars(sibling)[name]
+        modules = self.solution.modules
+        for stem, module in modules.items():
+            for node in [n for n in ast.walk(self.by_stem[stem].tree) if isinstance(n, ast.ImportFrom)]:
+                there, here = vars(modules.get((node.module or "").split(".")[-1], module)), vars(module)
+                for name in there if node.names[0].name == "*" else [alias.name for alias in node.names]:
+                    if name in there and name[0] != "_" and (name not in here or isinstance(here[name], Stub)):
+                        here[name] = there[name]
 
-    def package(self, name: str) -> ModuleType:
-        """An installed package; TensorBoard is never needed."""
-        if not name or name.split(".")[0] == "tensorboard" or name.startswith("torch.utils.tensorboard"):
-            raise ImportError(name)
-        return importlib.import_module(name)
+
+def package(name: str) -> ModuleType:
+    """An installed package; TensorBoard is never needed, and the marker's own lab is none."""
+    if name.split(".")[0] in ("", *MAIN_FILES) or "tensorboard" in name:
+        raise ImportError(name)
+    return importlib.import_module(name)
 
 
 def targets(node: ast.stmt) -> list[str]:
-    """The names that a statement would set."""
     return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
-def only_cpu() -> None:
-    """Nothing of this process runs on a GPU: what asks for one gets the CPU."""
+def load_solution(sources: list[Source], endless=()) -> Solution:
+    """Load all files that hold something of the handout, and what they import, but for the endless statements."""
     torch.cuda.is_available = lambda: False
     torch.Tensor.cuda = nn.Module.cuda = lambda self, *args, **kwargs: self
-
-
-def load_solution(sources: list[Source], endless: set[str] = frozenset()) -> Solution:
-    """Load all files of a folder that hold something of the handout, and what they import.
-
-    endless  file:line of statements that an earlier loading found to take too long
-    """
-    only_cpu()
     builtins.input = lambda *args: (_ for _ in ()).throw(EOFError("the marker types nothing"))
-    loader = Loader(sources, endless)
+    loader = Loader(sources, set(endless))
     for stem in loader.by_stem:
         sys.modules.pop(stem, None)
     for stem, source in loader.by_stem.items():
-        if stem in MAIN_FILES or defined(source.tree):
+        if stem in MAIN_FILES or defined(source):
             loader.load(stem)
     loader.complete_imports()
     return loader.solution

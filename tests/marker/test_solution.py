@@ -2,18 +2,21 @@
 
 import pytest
 
-from .questions import QUESTIONS, answer
-from .report import MISSING, NOT_JUDGED, RIGHT
-from .sandbox import run
-from .source import read_folder
+from .questions import mark
+from .report import MISSING, NOT_JUDGED, QUESTIONS, RIGHT
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_question(question, request):
+@pytest.fixture(scope="session")
+def report(request):
     folder = request.config.getoption("--solution", default=None)
     if folder is None:
         pytest.skip("no --solution FOLDER")
-    verdict = run(answer, question, read_folder(folder))
+    return mark(folder)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_question(question, report):
+    verdict = report.verdicts[question]
     if verdict.status in (MISSING, NOT_JUDGED):
         pytest.skip(f"{verdict.status} {verdict.detail}")
     assert verdict.status == RIGHT, f"{verdict.status}: {verdict.detail}"
