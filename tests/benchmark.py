@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -94,7 +94,7 @@ def default_run(*arguments: str):
     arguments = ["--device=cpu", *arguments]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         train_set, valid_set = tp5.load_corpus(tp5.run_options(arguments))
-        yield tp5.new_run(arguments, train_set.sha256), Path(folder), train_set, valid_set
+        yield tp5.new_run(arguments, train_set), Path(folder), train_set, valid_set
 
 
 # ------------------------------------------------------------------------------------------- step
@@ -117,7 +117,9 @@ MODELS = {"ours": CharModel, "torch": TorchModel}
 
 def training_step(cell: str, size: int, hidden: int = H, *, library="ours", optimizer="adamw"):
     """Two functions: `train_step` on a batch of T × size symbols, and the optimisers' part of it."""
-    run = tp5.new_run([f"--model={cell}", f"--hidden={hidden}", f"--optimizer={optimizer}", "--device=cpu"], "")
+    run = tp5.new_run(
+        [f"--model={cell}", f"--hidden={hidden}", f"--optimizer={optimizer}", "--device=cpu"], TextDataset("")
+    )
     if library == "torch":
         model = TorchModel(cell, E, hidden)
         run = replace(run, model=model, optimizers=tp5.make_optimizers(model, run.options))
@@ -135,13 +137,12 @@ def training_step(cell: str, size: int, hidden: int = H, *, library="ours", opti
 def step(corpora: list[Path]) -> None:
     """Training steps with our cells and with torch.nn's; what of a step the optimiser takes."""
     rows = []
-    for cell in TORCH_CELLS:
-        for hidden, size in dict.fromkeys([(H, B), *itertools.product((128, 256, 512), (32, 64, 128))]):
-            steps = {library: training_step(cell, size, hidden, library=library)[0] for library in MODELS}
-            ms = alternate(steps, 7 if hidden == 512 else 15)
-            default = " (default)" if (hidden, size) == (H, B) else ""
-            rows.append(beside(f"{cell}, B {size}, H {hidden}{default}", "ms", ms["ours"], ms["torch"]))
-    show(f"step: our cells beside torch.nn's, both with AdamW, T {T}, E {E}", rows)
+    for cell, hidden in itertools.product(TORCH_CELLS, (128, 256, 512)):
+        steps = {library: training_step(cell, B, hidden, library=library)[0] for library in MODELS}
+        ms = alternate(steps, 7 if hidden == 512 else 15)
+        default = " (default)" if hidden == H else ""
+        rows.append(beside(f"{cell}, H {hidden}{default}", "ms", ms["ours"], ms["torch"]))
+    show(f"step: our cells beside torch.nn's, both with AdamW, T {T}, B {B}, E {E}", rows)
 
     shares, rows = [], []
     for cell in TORCH_CELLS:
@@ -309,16 +310,50 @@ def load(corpora: list[Path], megabytes: int = 40) -> None:
 # ------------------------------------------------------------------------------- quality, recording
 
 
+def trained_loss(cell: str, seed: int) -> float:
+    """Validation nats of the default command on one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--model", cell, "--seed", seed, "--histograms-every", 0, "--run", Path(folder) / "run"]
+        python(ROOT / "tp5.py", *arguments, OMP_NUM_THREADS="1")
+        return tp5.load(Path(folder) / "run" / "best.pt", "--device=cpu").progress.best_loss
+
+
 def quality(corpora: list[Path]) -> None:
-    """Validation nats against seconds of training, after each epoch of the default command, by optimiser."""
+    """Validation loss of the default command on the shipped corpus, by seed (`runs/reference/seeds.md`)."""
+    runs = [*itertools.product(tp5.CELLS, (0, 1, 2))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        losses = [*pool.map(trained_loss, *zip(*runs, strict=True))]
     rows = []
-    for path, optimizer in itertools.product(corpora, tp5.LR):
-        with tempfile.TemporaryDirectory() as folder:
-            output = python(ROOT / "tp5.py", "--data", path, "--run", folder, "--optimizer", optimizer)
-        for epoch, (nats, _, seconds) in enumerate(epochs_of(output), start=1):
-            rows.append((f"{path.name}, {optimizer}, epoch {epoch}", f"{seconds:.1f}", f"{nats:.3f}"))
-    columns = "what", "seconds of training", "validation nats"
-    show("quality: the default LSTM", [dict(zip(columns, row, strict=True)) for row in rows])
+    for cell in tp5.CELLS:
+        of_cell = [loss for (name, _), loss in zip(runs, losses, strict=True) if name == cell]
+        row = {"tp5.py --model": cell, "validation nats, seeds 0, 1, 2": ", ".join(f"{loss:.3f}" for loss in of_cell)}
+        mean = f"{statistics.mean(of_cell):.3f}"
+        rows.append(row | {"mean": mean, "range": f"{max(of_cell) - min(of_cell):.3f}"})
+    show("quality: validation loss, nats a symbol", rows)
+
+
+def shakespeare(corpora: list[Path]) -> None:
+    """Tiny Shakespeare with nanoGPT's split: nats a character of the text, beside its README's figures."""
+    text = read_text(ROOT / "data" / "shakespeare.txt")
+    train_text, valid_text = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]
+    valid_set = TextDataset(valid_text, unit="block")
+    symbols = int((valid_set.lengths + 1).sum())  # EOS included
+    rows = [
+        {"model": "nanoGPT, a laptop's CPU", "parameters": "0.8 M", "seconds": 180, "nats a character": "1.88"},
+        {"model": "nanoGPT, one A100", "parameters": "10.7 M", "seconds": 180, "nats a character": "1.4697"},
+    ]
+    for epochs in (5, 10):
+        arguments = ["--device=cpu", "--blocks", f"--epochs={epochs}", "--histograms-every=0"]
+        train_set = TextDataset(train_text, unit="block", maxlen=tp5.run_options(arguments).maxlen)
+        run = tp5.new_run(arguments, train_set)
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+            tp5.train(run, Path(folder), train_set, valid_set)
+        nats = run.progress.best_loss * symbols / len(valid_text)  # over blank lines, too
+        row = {"model": f"default LSTM, {epochs} epochs", "parameters": f"{tp5.size(run.model) / 1e6:.2f} M"}
+        rows.append(row | {"seconds": round(run.progress.seconds), "nats a character": f"{nats:.3f}"})
+    show("shakespeare: the last tenth, learned from the first nine", rows)
+    print("\nnanoGPT reads 256 characters back, across speeches, and averages over random windows of the tenth;")
+    print("the lab begins each speech from nothing, and counts every character once.")
 
 
 def record(corpora: list[Path]) -> None:
@@ -404,7 +439,7 @@ def ddp(corpora: list[Path]) -> None:
 
 
 POINTS = {point.__name__: point for point in
-          (step, threads, decode, padding, load, record, resume, ddp, quality)}  # fmt: skip
+          (step, threads, decode, padding, load, record, resume, ddp, quality, shakespeare)}  # fmt: skip
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""The README's figures, drawn from trained runs of the three cells and their comparison alone.
+"""The figures of the findings, drawn from trained runs of the three cells and their comparison alone.
 
-    python tests/figures.py [RUNS]        # default: runs/reference
+    python tests/figures.py [RUNS]             # default: runs/reference
+    python tests/figures.py [RUNS] --memory    # trains an LSTM without forget bias, writes RUNS/memory.md
 
 They go where the runs are. A title says a finding only where the numbers drawn do.
 """
@@ -9,6 +10,8 @@ import argparse
 import contextlib
 import statistics
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -78,7 +81,9 @@ def gradient_flow(runs: dict[str, EventAccumulator]):
     for axes, state in zip(panels, ("h", "C"), strict=True):
         for cell in runs if state == "h" else ("lstm",):
             for when, dashes in (("at_start", "--"), ("trained", "-")):
-                lags, logs = scalars(runs[cell], f"2_gradient_flow/log10_{state}_{when}")
+                tags = runs[cell].Tags()["scalars"]
+                [tag] = [tag for tag in tags if tag.endswith(f"log10_{state}_{when}")]
+                lags, logs = scalars(runs[cell], tag)
                 axes.plot(lags, 10.0**logs, dashes, color=COLOURS[cell])
                 ends[cell, state, when] = 10.0 ** logs[-1]
         axes.set(yscale="log", xlabel="characters back")
@@ -113,8 +118,6 @@ def named_units(folder: Path, events: EventAccumulator):
     for row in rows_of(written):
         gate, unit = row["unit"].split()
         units[f"{row['unit']}: {row['follows']}, r {float(row['correlation']):.2f}"] = gate, int(unit)
-        if gate == "C" and row["follows"].startswith("position") and "its gate f" not in units:
-            units |= {f"its gate {gate}": (gate, int(unit)) for gate in "fio"}
     read = steps[1:]  # after each character
     shades = np.array([[step[gate][0, unit].item() for step in read] for gate, unit in units.values()])
     shades /= np.abs(shades).max(1, keepdims=True).clip(min=1)
@@ -160,10 +163,66 @@ def quality(comparison: Path):
     return figure
 
 
+class NoForgetBias(tp5.LSTM):
+    """An LSTM whose forget gate is half open at the start, not nearly three quarters."""
+
+    def __init__(self, input_size: int, hidden_size: int):
+        super().__init__(input_size, hidden_size)
+        torch.nn.init.zeros_(self.bias)
+
+
+def memory_of(model, batch, characters: int = 40) -> dict[str, float]:
+    """What carries an LSTM's memory over so many characters of a batch (T, B) without padding."""
+    steps = []
+    logits = model(batch, steps)
+    first = len(batch) - 1 - characters
+    loss = torch.nn.functional.cross_entropy(logits[-1], batch[-1], reduction="sum")
+    gradient = torch.autograd.grad(loss, steps[first]["C"])[0].square().mean(0)  # (H,) of ‖∂loss/∂C‖²
+    f = torch.stack([step["f"] for step in steps]).detach()
+    product = f[first + 1 :].log().sum(0).exp().mean(0)  # (H,) what f leaves of C over the characters
+    unit = int(gradient.argmax())
+    others = torch.cat([product[:unit], product[unit + 1 :]])
+    return {
+        "mean f": f.mean().item(),
+        "units with mean f above 0.9": int((f.mean((0, 1)) > 0.9).sum()),
+        "unit": unit,
+        "its mean f": f[..., unit].mean().item(),
+        "product of its f": product[unit].item(),
+        "largest of the others": others.max().item(),
+        "its share of the squared gradient": (gradient[unit] / gradient.sum()).item(),
+    }
+
+
+def memory(folder: Path) -> str:
+    """Of the LSTM at the start and trained, with its forget bias of 1 and without: see `memory_of`."""
+    run = tp5.load(folder / "lstm" / "best.pt", "--device=cpu")
+    train_set, valid_set = tp5.load_corpus(run.options)
+    tp5.CELLS["lstm"] = NoForgetBias
+    plain = tp5.new_run(run.arguments, train_set)
+    models = {"bias 0, at start": tp5.new_run(run.arguments, train_set).model}
+    with tempfile.TemporaryDirectory() as temporary:
+        tp5.train(plain, Path(temporary), train_set, valid_set)
+    tp5.CELLS["lstm"] = tp5.LSTM
+    models |= {"bias 0, trained": plain.model, "bias 1, at start": tp5.new_run(run.arguments, train_set).model}
+    models["bias 1, trained"] = run.model
+    long = [valid_set[i][:60] for i in range(len(valid_set)) if valid_set.lengths[i] >= 60][:200]
+    batch, rows = pad_collate_fn(long)[:60], []
+    for name, model in models.items():
+        flow = tp5.both_flows(replace(run, model=model), valid_set)["trained"]  # of this model
+        back = {f"{state} 40 back": flow[state][40].item() for state in ("h", "C")}
+        rows.append({"LSTM": name, **back, **memory_of(model, batch)})
+    return f"{tp5.table(rows)}\n\nValidation loss with bias 0: {plain.progress.best_loss:.3f} nats.\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "runs" / "reference", metavar="RUNS")
-    folder = parser.parse_args().runs
+    parser.add_argument("--memory", action="store_true", help="what carries the LSTM's memory, as RUNS/memory.md")
+    options = parser.parse_args()
+    folder = options.runs
+    if options.memory:
+        (folder / "memory.md").write_text(memory(folder), encoding="utf-8")
+        return
     matplotlib.use("Agg")
     plt.rcParams.update(STYLE)
     runs = {cell: EventAccumulator(str(folder / cell), {"scalars": 0}).Reload() for cell in COLOURS}
