@@ -265,7 +265,7 @@ def load_corpus(options, lettres: str | None = None, sha256: str | None = None):
     dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen, unit=unit, lettres=lettres)
     describe(dataset, text, Path(options.data).name)
     if sha256 not in (None, dataset.sha256):
-        raise LabError("this run was trained on another text: name it with --data")
+        raise LabError(f"{options.data} is another text than this run was trained on: name that with --data")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed)).numpy()
     held_out = len(dataset) // 10
     return dataset.subset(order[:-held_out]), dataset.subset(order[-held_out:])
@@ -1080,6 +1080,7 @@ def finish(run: Run, folder: Path, train_set, valid_set) -> None:
     """Train to the end, look inside, and say what comes next."""
     train(run, folder, train_set, valid_set)
     if not RANK:
+        print("looking inside …")
         look_inside(folder, valid_set)
     commands = [["python", "generate.py", "--beam", "5", "--checkpoint", folder]]
     if Path(sys.argv[0]).name != "tp5.py":  # generate.py knows no cells of other scripts
