@@ -45,6 +45,7 @@ def stop_within(function: str, number: int, when: str, how: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background has ignored
     function, number, when, how, *arguments = sys.argv[1:]
     sys.argv = ["tp5.py", *arguments]
     tp5.time.perf_counter = itertools.count(step=3).__next__  # a step takes 3 seconds, of the 30 between saves
