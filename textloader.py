@@ -263,7 +263,9 @@ class BucketSampler(Sampler):
 
 # ------------------------------------------------------------------- what all command lines share
 class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message):  # which may have what a terminal would obey
+    """Python's own, whose errors show nothing that a terminal would obey."""
+
+    def error(self, message):
         super().error(printable(message))
 
 
