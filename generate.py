@@ -580,7 +580,7 @@ def main() -> None:
     file = find_checkpoint(options.checkpoint, "best.pt")
     from tp5 import load  # tp5 imports this file
 
-    model = load(file, "--device=cpu").model
+    model = load(file, device="cpu").model
     start = code2string(codes_of(options.start, model.emb.lettres), model.emb.lettres)
     options = argparse.Namespace(**vars(options) | {"start": start})
     if not options.plain:

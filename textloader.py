@@ -297,6 +297,12 @@ def shortened(text: str, width: int) -> str:
     return printable(text if len(text) <= fits else text[: fits - 1] + "…")
 
 
+def checkpoints(run, name: str) -> list[Path]:
+    """The file `name` of a run, or of all runs in a folder; or that file itself."""
+    found = [Path(run), Path(run, name), *Path(run).glob(f"*/{name}"), *Path(run).glob(f"*/*/{name}")]
+    return sorted(file for file in found if file.is_file())
+
+
 def find_checkpoint(run: str | None, name: str) -> Path:
     """The checkpoint `name` of a run; without `run` of the one saved last, else of the reference LSTM."""
     folder = Path(run or RUNS)

@@ -9,6 +9,7 @@ Shapes: T length, B batch, E embedding, H hidden, V symbols, G gates; time comes
 
 import argparse
 import ctypes
+import hashlib
 import io
 import math
 import os
@@ -35,8 +36,8 @@ from tqdm import tqdm
 from generate import DECODERS, codes_of, decode
 from generate import command_parser as decoder_parser
 from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, RUNS, ArgumentParser, BucketSampler, LabError
-from textloader import TextDataset, code2string, find_checkpoint, frequent, guard, in_range, lettres_of
-from textloader import likely_unit, pad_collate_fn, printable, read_text, say_next, shortened
+from textloader import TextDataset, checkpoints, code2string, find_checkpoint, frequent, guard, in_range
+from textloader import lettres_of, likely_unit, pad_collate_fn, printable, read_text, say_next, shortened
 
 
 # ------------------------------------------------------------------------------------------- loss
@@ -259,13 +260,14 @@ def all_reduce(*numbers: float) -> list[float]:
 
 def load_corpus(options, lettres: str | None = None, sha256: str | None = None):
     """Two TextDatasets, to train on and to validate (a tenth, drawn by seed); LabError if not of `sha256`."""
-    text = read_text(options.data)
+    file = Path(options.data or CORPUS)
+    text = read_text(file)
     unit = "line" if options.lines else "block" if options.blocks else "sentence"
     lettres = lettres or lettres_of(text)
     dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen, unit=unit, lettres=lettres)
-    describe(dataset, text, Path(options.data).name)
     if sha256 not in (None, dataset.sha256):
-        raise LabError(f"{options.data} is another text than this run was trained on: name that with --data")
+        raise LabError(f"{file} is another text than this run was trained on: name that with --data")
+    describe(dataset, text, file.name)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed)).numpy()
     held_out = len(dataset) // 10
     return dataset.subset(order[:-held_out]), dataset.subset(order[-held_out:])
@@ -315,8 +317,7 @@ class Progress:
 class Run:
     """A model and its training, at whatever step: what a checkpoint holds, and all that going on needs."""
 
-    arguments: list[str]  # of the command line
-    options: argparse.Namespace  # made of them by `run_options`
+    options: argparse.Namespace  # of the command line
     batch_size: int  # sentences in a batch, of all processes together
     sha256: str  # of the corpus
     model: CharModel
@@ -324,30 +325,31 @@ class Run:
     progress: Progress = field(default_factory=Progress)
 
 
-def new_run(arguments: list[str], corpus: TextDataset) -> Run:
+def new_run(options, corpus: TextDataset) -> Run:
     """A run before its first step; the seed makes its weights, or they are those of the run `--init`."""
-    options = run_options(arguments)
     torch.manual_seed(options.seed)
     model = CharModel(options.model, options.embedding, options.hidden, corpus.lettres)
     model.rnn.hidden_weight.data *= options.recurrent_scale
     if options.init:
-        model.load_state_dict(load(Path(options.init), "--device=cpu").model.state_dict())
+        model.load_state_dict(load(Path(options.init), device="cpu").model.state_dict())
     model.to(options.device)
-    batch_size = options.batch_size * WORLD
-    return Run(arguments, options, batch_size, corpus.sha256, model, make_optimizers(model, options))
+    return Run(options, options.batch_size * WORLD, corpus.sha256, model, make_optimizers(model, options))
 
 
-def train_step(run: Run, model, batch, lr: float, mean_symbols: float, steps: list | None = None):
+def train_step(run: Run, batch, lr: float, mean_symbols: float, steps: list | None = None):
     """One batch (T, B): forward, backward, clip, step. Returns its nats, its symbols, its gradient's norm.
 
-    model         `run.model`, or that in DistributedDataParallel, which averages gradients over processes
-    mean_symbols  of a batch: the loss is over these, so that each symbol counts alike, in any batch
+    mean_symbols  of a batch: the loss is weighed by it, so that each symbol counts alike, in any batch
     steps         a list that gets the cell's states and gates
     """
     symbols = (batch != PAD_IX).sum()
-    nats = maskedCrossEntropy(model(batch, steps), batch, PAD_IX) * symbols
+    loss = maskedCrossEntropy(run.model(batch, steps), batch, PAD_IX)
+    nats = loss * symbols
     run.model.zero_grad()
-    (nats * WORLD / mean_symbols).backward()
+    (nats / mean_symbols).backward()
+    if WORLD > 1:
+        for parameter in run.model.parameters():
+            distributed.all_reduce(parameter.grad)  # the sum over all processes
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip or math.inf).item()
     nats, symbols = all_reduce(nats.item(), symbols.item())
     if math.isfinite(nats + norm):  # else nothing is learned
@@ -378,11 +380,11 @@ def train(run: Run, folder: Path, train_set: TextDataset, valid_set: TextDataset
     """Go on with a run, from wherever it stands to the last step of its last epoch; save it in `folder`."""
     options = run.options
     progress = run.progress
-    model = nn.parallel.DistributedDataParallel(run.model) if WORLD > 1 else run.model
     epoch_steps = math.ceil(len(train_set) / run.batch_size)
     total_steps = options.epochs * epoch_steps
     mean_symbols = (train_set.lengths + 1).sum().item() / epoch_steps  # EOS included
-    monitor = Monitor(run, folder, epoch_steps, total_steps, mean_symbols)
+    monitor = Monitor(run, folder, epoch_steps, total_steps)
+    saved_at = progress.seconds
     while progress.step < total_steps:
         epoch, first = divmod(progress.step, epoch_steps)
         for batch in batches(train_set, run.batch_size, seed=options.seed, epoch=epoch, first=first):
@@ -390,15 +392,15 @@ def train(run: Run, folder: Path, train_set: TextDataset, valid_set: TextDataset
             batch = batch.to(options.device)
             lr = options.lr * schedule(progress.step, total_steps)
             steps = [] if monitor.due(options.histograms_every) else None
-            nats, symbols, norm = train_step(run, model, batch, lr, mean_symbols, steps)
+            nats, symbols, norm = train_step(run, batch, lr, mean_symbols, steps)
             progress.count(nats, symbols, norm)
-            seconds = time.perf_counter() - since
-            progress.seconds += seconds
+            progress.seconds += time.perf_counter() - since
             monitor.step(batch, lr, norm, steps)
             progress.step += 1
-            due = progress.seconds % (options.save_every or math.inf) < seconds
+            due = progress.seconds - saved_at >= (options.save_every or math.inf)
             if due and progress.step % epoch_steps:  # not between an epoch and its validation
                 save(run, folder / "last.pt")
+                saved_at = progress.seconds
         valid_loss = evaluate(run.model, batches(valid_set, run.batch_size), options.device)
         if not math.isfinite(valid_loss):  # the last good checkpoint stays
             raise LabError("the validation loss is not finite: train anew with a smaller --lr")
@@ -414,25 +416,26 @@ def train(run: Run, folder: Path, train_set: TextDataset, valid_set: TextDataset
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-FORMAT = 9  # the version of what `save` writes; its types:
-CONTENT = {"format": int, "alphabet": str, "arguments": list, "batch_size": int, "sha256": str,
-           "weights": dict, "moments": list, "progress": dict}  # fmt: skip
-# All that the pickle in a checkpoint may name; code and large objects need others.
+FORMAT = 10  # the version of what `save` writes
+# All that the pickle in a checkpoint may name: code and large objects need others.
 PICKLED = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
 
 
 def save(run: Run, file: Path) -> None:
-    """Write beside, flush to disk, rename: the file is the old one or the new one, never a half."""
+    """Write beside, flush to disk, rename: the file is the old one or the new one, never a half.
+
+    What torch writes is followed by its SHA-256, 32 bytes.
+    """
     if RANK:
         return
     checkpoint = {
         "format": FORMAT,
         "alphabet": run.model.emb.lettres,
-        "arguments": run.arguments,
+        "options": vars(run.options),
         "batch_size": run.batch_size,
         "sha256": run.sha256,
-        "weights": dict(run.model.state_dict()),
-        "moments": [optimizer.state_dict()["state"] for optimizer in run.optimizers],
+        "weights": run.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
         "progress": asdict(run.progress),
     }
     content = io.BytesIO()  # a full disk or Ctrl-C within torch.save would be a RuntimeError
@@ -440,67 +443,45 @@ def save(run: Run, file: Path) -> None:
     half = file.with_name(f"{file.name}.half")
     with open(half, "wb") as stream:
         stream.write(content.getbuffer())
+        stream.write(hashlib.sha256(content.getbuffer()).digest())
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(half, file)
 
 
 def read_checkpoint(file: Path) -> dict:
-    """What `save` wrote; an exception, of any kind, if it is damaged, edited or of another version."""
+    """What `save` wrote; LabError if it is damaged, edited, code, or of another version."""
     if not file.is_file():  # a pipe would be waited for
-        raise FileNotFoundError("there is no such file")
-    with zipfile.ZipFile(file) as archive:  # compressed, a small file could fill the memory
-        if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
-            raise ValueError("compressed, or a wrong checksum")
-        pickle = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
-    if not {name for opcode, name, _ in pickletools.genops(pickle) if "GLOBAL" in opcode.name} <= PICKLED:
-        raise ValueError("code")
-    content = torch.load(file, map_location="cpu", weights_only=True)
-    if {name: type(value) for name, value in content.items()} != CONTENT:
-        raise ValueError("of another program")
-    lettres = content["alphabet"]
-    sound = (
-        content["format"] == FORMAT
-        and {name: type(value) for name, value in content["progress"].items()} == Progress.__annotations__
-        and all(type(argument) is str for argument in content["arguments"])
-        and all(weight.is_contiguous() and weight.isfinite().all() for weight in content["weights"].values())
-        and lettres.startswith(LETTRES)
-        and len(set(lettres)) == len(lettres)
-        and lettres.replace("\n", "").isprintable()
-        and 0 <= content["progress"]["step"] < 10**9
-        and 0 < content["batch_size"] < 10**9
-    )
-    if not sound:
-        raise ValueError("edited, or of another version")
-    return content
+        raise LabError(f"cannot read {file}: there is no such file")
+    content = file.read_bytes()
+    content, digest = content[:-32], content[-32:]
+    if hashlib.sha256(content).digest() == digest:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            pickled = archive.read("archive/data.pkl")
+        names = {name for opcode, name, _ in pickletools.genops(pickled) if "GLOBAL" in opcode.name}
+        checkpoint = torch.load(io.BytesIO(content), "cpu", weights_only=True) if names <= PICKLED else {}
+        if checkpoint.get("format") == FORMAT:
+            return checkpoint
+    raise LabError(f"{file} is damaged, or no checkpoint of this version: train anew")
 
 
-def load(file: Path, *more: str) -> Run:
-    """The run in a checkpoint, `more` arguments added to those of its command line.
-
-    LabError if it is not a whole one of ours, of this version.
-    """
-    try:
-        content = read_checkpoint(file)
-        arguments = [*content["arguments"], *more]
-        options = run_options(arguments)
-        with torch.device("meta"):  # shapes alone: what is in them comes from the file
-            model = CharModel(options.model, options.embedding, options.hidden, content["alphabet"])
-        model.to_empty(device=options.device).load_state_dict(content["weights"])
-        optimizers = make_optimizers(model, options)
-        for optimizer, moments in zip(optimizers, content["moments"], strict=True):
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-            for parameter, state in optimizer.state.items():  # of Muon, or of AdamW
-                shapes = [moment.shape for moment in state.values() if moment.is_contiguous()]
-                wanted = ([parameter.shape], [(), parameter.shape, parameter.shape])
-                if shapes not in wanted or state.get("step", 0) < 0:
-                    raise ValueError("edited")
-        progress = Progress(**content["progress"])
-        return Run(arguments, options, content["batch_size"], content["sha256"], model, optimizers, progress)
-    except (OSError, LabError) as error:  # as where an argument names a cell that another script adds
-        raise LabError(f"cannot read {file}: {error}") from None
-    except Exception:  # whatever zipfile, torch or our own lines meet
-        raise LabError(f"{file} is damaged, or no checkpoint of this version: train anew") from None
+def load(file: Path, **changes) -> Run:
+    """The run in a checkpoint, some of its options changed. LabError as `read_checkpoint`."""
+    checkpoint = read_checkpoint(file)
+    options = argparse.Namespace(**checkpoint["options"] | changes)
+    if options.model not in CELLS:
+        raise LabError(f"cannot read {file}: its cell {options.model!r} is that of another script")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise LabError(f"{file} was trained on a GPU, and there is none: give --device cpu")
+    with torch.device("meta"):  # shapes alone: the values come from the file
+        model = CharModel(options.model, options.embedding, options.hidden, checkpoint["alphabet"])
+    model.load_state_dict(checkpoint["weights"], assign=True)
+    model.to(options.device)
+    optimizers = make_optimizers(model, options)
+    for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    progress = Progress(**checkpoint["progress"])
+    return Run(options, checkpoint["batch_size"], checkpoint["sha256"], model, optimizers, progress)
 
 
 # ------------------------------------------------------------------------------------- monitoring
@@ -530,11 +511,10 @@ def describe(dataset: TextDataset, text: str, name: str) -> None:
 class Monitor:
     """What a run shows while it trains, in TensorBoard and on the terminal; silent but in process 0."""
 
-    def __init__(self, run: Run, folder: Path, epoch_steps: int, total_steps: int, mean_symbols: float):
+    def __init__(self, run: Run, folder: Path, epoch_steps: int, total_steps: int):
         self.run = run
         self.epoch_steps = epoch_steps
         self.total_steps = total_steps
-        self.mean_symbols = mean_symbols
         parameters = f"{size(run.model):,} parameters"
         print(f"{run.model.cell}, {parameters}, {total_steps:,} steps, in {printable(folder)}")
         self.writer = None if RANK else event_writer(folder, purge_step=run.progress.step)
@@ -553,11 +533,9 @@ class Monitor:
             self.histograms(batch != PAD_IX, steps)
         if self.due(self.run.options.scalars_every) and progress.recent_symbols:
             loss = progress.recent_nats / progress.recent_symbols
-            speed = (progress.step + 1) * self.mean_symbols / progress.seconds
             self.writer.add_scalar("1_loss/train", loss, progress.step)
             self.writer.add_scalar("2_gradient/5_norm_before_clipping", norm, progress.step)
             self.writer.add_scalar("7_training/learning_rate", lr, progress.step)
-            self.writer.add_scalar("7_training/characters_per_second", speed, progress.step)
             self.writer.flush()  # so that a run that is killed has all points before its last save
             progress.recent_nats = 0.0
             progress.recent_symbols = 0.0
@@ -571,9 +549,8 @@ class Monitor:
         model = self.run.model
         values = {}
         for number, name in enumerate(steps[0], start=1):
-            values[f"4_gates/{model.cell}_{number}_{name}"] = torch.stack([step[name] for step in steps])[
-                real
-            ]
+            gate = torch.stack([step[name] for step in steps])  # (T, B, H)
+            values[f"4_gates/{model.cell}_{number}_{name}"] = gate[real]
         for number, (name, parameter) in enumerate(model.named_parameters(), start=1):
             values[f"5_gradients/log10_{number}_{name}"] = parameter.grad.abs().clamp(min=1e-12).log10()
             values[f"6_parameters/{number}_{name}"] = parameter
@@ -588,24 +565,16 @@ class Monitor:
         model = self.run.model
         step = progress.step - 1
         bits = valid_loss / math.log(2)
-        guess = math.log(model.emb.num_embeddings)
-        speed = progress.step * self.mean_symbols / progress.seconds
         self.writer.add_scalar("1_loss/validation", valid_loss, step)
         self.writer.add_scalar("7_training/validation_bits_per_character", bits, step)
         self.bar.clear()
         losses = f"training {progress.train_loss:.3f} nats, validation {valid_loss:.3f} nats"
-        pace = f"{speed:,.0f} characters/s, {progress.seconds:.1f} s of training"
         print(f"epoch {epoch + 1}/{self.run.options.epochs}: {losses}")
-        print(f"  {bits:.3f} bits per character, {pace}")
+        print(f"  {bits:.3f} bits per character, {progress.seconds:.1f} s of training")
         if progress.skipped:
             print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
-        if valid_loss > guess:
-            print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
         width = max(20, shutil.get_terminal_size().columns - 16)
-        written = samples(model, "", self.run.options.seed + epoch)
-        if len(written) + 1 < len(DECODERS):  # all but exact search
-            print("  more samples come with questions 3, 6 and 7")
-        for name, h in written.items():
+        for name, h in samples(model, "", self.run.options.seed + epoch).items():
             text = h.text + ("" if h.ended else " [cut]")
             self.writer.add_text(f"samples/{name}", textwrap.indent(text, "    "), step)  # a code block
             print(f"  {name:12s}  {shortened(text, width)}")
@@ -703,7 +672,7 @@ def both_flows(run: Run, valid_set) -> dict[str, dict]:
     """A model's gradient flow over 64 validation sentences, long ones first, "at_start" and "trained"."""
     order = np.argsort(-np.minimum(valid_set.lengths, LAGS), kind="stable")
     batch = pad_collate_fn([valid_set[i] for i in order[:64]])
-    start = new_run([*run.arguments, "--device=cpu"], valid_set).model
+    start = new_run(run.options, valid_set).model
     return {"at_start": gradient_flow(start, batch), "trained": gradient_flow(run.model, batch)}
 
 
@@ -807,7 +776,7 @@ def show_units(run: Run, valid_set, writer, tag: str, texts: list[str]) -> str:
 
 def look_inside(folder: Path, valid_set) -> None:
     """Show what the best model of a run does: its units on three sentences, its gradient flow."""
-    run = load(folder / "best.pt", "--device=cpu")
+    run = load(folder / "best.pt", device="cpu")
     flows = both_flows(run, valid_set)
     near_40 = sorted(valid_set.sentences, key=lambda sentence: abs(len(sentence) - 40))
     with rewrite_events(folder, "on_text") as writer:
@@ -821,10 +790,10 @@ def look_inside(folder: Path, valid_set) -> None:
     print(f"Gradient {len(after) - 1} characters back: {before[-1]:.1e} at start, {after[-1]:.1e} trained.")
 
 
-def look(text: str, name: str | None, more: list[str]) -> None:
-    """Show the units of a trained run on a text; `more` arguments say where its corpus is."""
-    file = find_checkpoint(name, "best.pt")
-    run = load(file, "--device=cpu", *more)
+def look(text: str, resume: str | None = None, **changes) -> None:
+    """Show the units of a trained run (None: the newest) on a text; `changes` say where its corpus is."""
+    file = find_checkpoint(resume, "best.pt")
+    run = load(file, device="cpu", **changes)
     lettres = run.model.emb.lettres
     text = code2string(codes_of(text, lettres), lettres)
     if not text.strip() or len(text) > 1000:
@@ -833,102 +802,84 @@ def look(text: str, name: str | None, more: list[str]) -> None:
     with rewrite_events(file.parent, "look") as writer:
         show_units(run, valid_set, writer, "3_units/look", [text])
     print(f"Their picture is 3_units/look of {printable(file.parent)}.")
-    say_next(["tensorboard", "--logdir", file.parent.parent])
 
 
 # -------------------------------------------------------------------------------------- comparing
-def parts_of(text: str, name: str) -> list[str]:
-    """What of a text may be "known", its words, or "copied 16" or "copied 32", its substrings so long."""
-    if name == "known":
-        return re.findall(r"[\w']+", text.lower())
-    length = int(name.split()[1])
-    return [text[i : i + length] for i in range(len(text) - length + 1)]
+def load_runs(names: list, kind: str, **changes) -> dict[Path, Run]:
+    """The runs in some folders, each by its own folder; LabError if there is none, or they do not fit.
 
-
-def originality(groups: list[list[str]], corpus: list[str]) -> list[dict[str, float]]:
-    """Learned or copied: the shares of each group's words and substrings that the corpus has, too."""
-    rows = [{"length": int(np.median([len(text) for text in texts]))} for texts in groups]
-    for name in ("known", "copied 16", "copied 32"):
-        written = [[part for text in texts for part in parts_of(text, name)] for texts in groups]
-        wanted = set().union(*written)
-        known = set()
-        for sentence in corpus:
-            known |= wanted.intersection(parts_of(sentence, name))
-        for row, parts in zip(rows, written, strict=True):
-            row[name] = sum(part in known for part in parts) / max(len(parts), 1)
-    return rows
-
-
-def compare_sentences(runs: dict[str, Run], train: list, valid: list) -> tuple[list[dict], str]:
-    """What decoders make of the same 20 starts: a table of how much was copied, and the first sentences."""
-    words = [text.split()[0] + " " for text in valid]  # or two characters, where no spaces part words
-    starts = ["", *dict.fromkeys(word if len(word) < 15 else word[:2] for word in words)][:20]
-    rows = [{"run": "corpus", "decoder": "", "ended": 1.0}]
-    groups = [valid[:200]]
-    firsts = ""
-    for name, run in runs.items():
-        by_start = [samples(run.model, start, seed) for seed, start in enumerate(starts)]
-        for decoder in by_start[0]:
-            hypotheses = [written[decoder] for written in by_start]
-            groups.append([h.text for h in hypotheses])
-            rows.append(
-                {"run": name, "decoder": decoder, "ended": sum(h.ended for h in hypotheses) / len(starts)}
-            )
-            lines = [textwrap.fill(line, 72) for line in groups[-1][0].split("\n")]
-            firsts += f"    {name}, {decoder}:\n" + textwrap.indent("\n".join(lines), " " * 8) + "\n"
-    shares = originality(groups, train)
-    return [row | share for row, share in zip(rows, shares, strict=True)], firsts
-
-
-def comparable(folders: list[Path], data: list[str]) -> dict[str, Run]:
-    """The best checkpoint of each run in the folders, by name; LabError unless all have one corpus."""
-    files = sorted({file for folder in folders for file in folder.glob("**/best.pt")})
+    kind     the name of their checkpoints
+    changes  options that are changed, as in `load`
+    """
+    files = {file.absolute() for name in names for file in checkpoints(name, kind)}
     if not files:
-        raise LabError(f"no run in {', '.join(map(str, folders))}: train some with tp5.py --model all")
-    names = [file.parent.name for file in files]
-    if len({*names}) < len(files):
-        names = [f"{file.parent.parent.name}/{file.parent.name}" for file in files]
-    runs = {name: load(file, "--device=cpu", *data) for name, file in zip(names, files, strict=True)}
+        raise LabError(
+            f"no {kind} of a run in {', '.join(map(str, names))}: train one with tp5.py --model all"
+        )
+    runs = {file.parent: load(file, **changes) for file in sorted(files)}
     groups = {}
-    for name, run in runs.items():
+    for folder, run in runs.items():
         o = run.options
-        groups.setdefault((run.sha256, o.seed, o.maxlen, o.maxsent, o.lines, o.blocks), []).append(name)
+        groups.setdefault((run.sha256, o.seed, o.maxlen, o.maxsent, o.lines, o.blocks), []).append(
+            folder.name
+        )
     if len(groups) > 1:
-        raise LabError(f"compare runs on the same sentences, one of these groups: {[*groups.values()]}")
-    return dict(sorted(runs.items(), key=lambda item: [*CELLS].index(item[1].model.cell)))
+        raise LabError(f"these runs are not of the same sentences: name one group, {[*groups.values()]}")
+    return dict(sorted(runs.items(), key=lambda item: [*CELLS].index(item[1].options.model)))
 
 
-def compare(names: list, data: list[str]) -> None:
-    """The runs side by side: loss, gradient flow, what their decoders write, how much of that is copied."""
-    folders = [Path(name).absolute() for name in names]
-    folder = folders[0] if len(folders) == 1 else folders[0].parent
-    runs = comparable(folders, data)
-    run = next(iter(runs.values()))
-    train_set, valid_set = load_corpus(run.options, run.model.emb.lettres, run.sha256)
-    losses = []
-    lags = []
+def loss_table(runs: dict[str, Run]) -> str:
+    """Parameters, seconds, losses of each run."""
+    rows = []
     for name, run in runs.items():
         best = run.progress.best_loss
         row = {"run": name, "parameters": f"{size(run.model):,}", "seconds": round(run.progress.seconds)}
         row |= {"training": f"{run.progress.train_loss:.3f}", "validation": f"{best:.3f}"}
-        losses.append(row | {"bits": f"{best / math.log(2):.3f}"})
+        rows.append(row | {"bits": f"{best / math.log(2):.3f}"})
+    return table(rows)
+
+
+def flow_table(runs: dict[str, Run], valid_set: TextDataset) -> str:
+    """Each state's gradient flow, at every tenth character."""
+    rows = []
+    for name, run in runs.items():
         for when, flow in both_flows(run, valid_set).items():
             for state, norms in flow.items():
                 by_lag = {str(lag): norms[lag].item() for lag in range(0, len(norms), 10)}
-                lags.append({"run": name, "of": state, "when": when.replace("_", " "), **by_lag})
-    shares, firsts = compare_sentences(runs, train_set.sentences, valid_set.sentences)
+                rows.append({"run": name, "of": state, "when": when.replace("_", " "), **by_lag})
+    return table(rows)
+
+
+def first_sentences(runs: dict[str, Run]) -> str:
+    """What each decoder of each run writes without a start."""
+    lines = []
+    for name, run in runs.items():
+        for decoder, hypothesis in samples(run.model, "", run.options.seed).items():
+            parts = [textwrap.fill(line, 72) for line in hypothesis.text.split("\n")]
+            lines += [f"    {name}, {decoder}:", textwrap.indent("\n".join(parts), " " * 8)]
+    return "\n".join(lines)
+
+
+def compare(names: list, **changes) -> None:
+    """The runs side by side: losses, gradient flow, what their decoders write."""
+    by_folder = load_runs(names, "best.pt", device="cpu", **changes)
+    runs = {folder.name: run for folder, run in by_folder.items()}
+    if len(runs) < len(by_folder):
+        runs = {f"{folder.parent.name}/{folder.name}": run for folder, run in by_folder.items()}
+    run = next(iter(runs.values()))
+    _, valid_set = load_corpus(run.options, run.model.emb.lettres, run.sha256)
     parts = {
-        "Loss, in nats per symbol, and validation loss in bits": table(losses),
-        "Norm of the gradient, by how many characters it goes back": table(lags),
-        "Shares of known words and copied substrings, median length, share that ended": table(shares),
-        "What they write without a start": firsts,
+        "Loss, in nats per symbol, and validation loss in bits": loss_table(runs),
+        "Norm of the gradient, by how many characters it goes back": flow_table(runs, valid_set),
+        "What they write without a start": first_sentences(runs),
     }
     text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
     print(f"\n{text}")
-    with rewrite_events(folder / "comparison", "comparison") as writer:
+    top = Path(names[0]).absolute()
+    folder = (top if len(names) == 1 else top.parent) / "comparison"
+    with rewrite_events(folder, "comparison") as writer:
         writer.add_text("comparison", text)
-    (folder / "comparison" / "comparison.md").write_text(text, encoding="utf-8")
-    say_next(["tensorboard", "--logdir", folder])
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -937,22 +888,22 @@ INIT_LR = 0.01
 BATCH_SIZE = {"muon": 64, "adamw": 32}
 
 
-def command_parser(**options) -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     """All options of the command line, with their ranges and defaults."""
     about = "Train a character model with a recurrent cell written by hand. (Defaults in parentheses.)"
-    parser = ArgumentParser(description=about, allow_abbrev=False, **options)
+    parser = ArgumentParser(description=about, allow_abbrev=False)
     width = in_range(int, 1, 8192)
     many = in_range(int, 1, 10_000)
     whole = in_range(int, 0, 10**9)
     positive = in_range(float, 0, 1e9)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     batch_size = "sentences in a process's batch (muon {muon}, adamw {adamw})".format(**BATCH_SIZE)
     add = parser.add_argument
     # fmt: off
-    add("--model", nargs="+", choices=[*CELLS, "all"], default=["lstm"], help="several are compared (lstm)")
+    add("--model", nargs="+", choices=[*CELLS, "all"], default="lstm", help="several are compared (lstm)")
     add("--init", metavar="RUN", help="begin with the weights of a trained run, at a peak rate of "
         f"{INIT_LR}; too good a loss if that run has seen the sentences that validate this one")
-    add("--data", metavar="PATH", default=CORPUS, help=f"a UTF-8 text file (data/{CORPUS.name})")
+    add("--data", type=os.path.abspath, metavar="PATH", help=f"a UTF-8 text file (data/{CORPUS.name})")
     unit = parser.add_mutually_exclusive_group()
     unit.add_argument("--lines", action="store_true", help="each line is an example")
     unit.add_argument("--blocks", action="store_true", help="what stands between blank lines is an example")
@@ -965,9 +916,10 @@ def command_parser(**options) -> argparse.ArgumentParser:
     add("--clip", type=positive, default=1.0, metavar="NORM", help="clip gradients (%(default)s; 0: never)")
     add("--recurrent-scale", type=positive, default=1.0, metavar="X", help="times initial W_h (%(default)s)")
     add("--seed", type=whole, default=0, help="of the split, the weights, the shuffling (%(default)s)")
-    add("--maxlen", type=many, default=2000, metavar="N", help="leave out longer sentences (%(default)s)")
+    add("--maxlen", type=many, default=2000, metavar="N",
+        help="leave out longer sentences (%(default)s); memory grows with it")
     add("--maxsent", type=in_range(int, 2, 10**9), metavar="N", help="use the first N sentences only")
-    add("--device", choices=("cpu", "cuda"), default=device, help="cuda where there is one (%(default)s)")
+    add("--device", choices=devices, default=devices[0], help="cuda where there is one (%(default)s)")
     add("--scalars-every", type=whole, default=20, metavar="N", help="steps (%(default)s; 0: never)")
     add("--histograms-every", type=whole, default=50, metavar="N", help="steps (%(default)s; 0: never)")
     add("--save-every", type=positive, default=30.0, metavar="S", help="seconds (%(default)s; 0: never)")
@@ -979,113 +931,83 @@ def command_parser(**options) -> argparse.ArgumentParser:
     return parser
 
 
-def run_options(arguments: list[str]) -> argparse.Namespace:
-    """The options of one run; LabError where one is out of range."""
-    parser = command_parser(add_help=False)
-
-    def refuse(message: str):
-        raise LabError(message)
-
-    parser.error = refuse
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise LabError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-    lr = INIT_LR if options.init else LR[options.optimizer]
-    filled_in = {
-        "model": options.model[0],
-        "lr": lr if options.lr is None else options.lr,
-        "batch_size": options.batch_size or BATCH_SIZE[options.optimizer],
-    }
-    return argparse.Namespace(**vars(options) | filled_in)
+def run_options(given: dict) -> argparse.Namespace:
+    """All options of a run: `given`, then those that the run `--init` has, then the defaults."""
+    options = vars(command_parser().parse_args([]))
+    if "init" in given:
+        begun = load(Path(given["init"]), device="cpu").options
+        options |= {"model": begun.model, "embedding": begun.embedding, "hidden": begun.hidden, "lr": INIT_LR}
+    options |= given
+    if options["lr"] is None:
+        options["lr"] = LR[options["optimizer"]]
+    if options["batch_size"] is None:
+        options["batch_size"] = BATCH_SIZE[options["optimizer"]]
+    return argparse.Namespace(**options)
 
 
-def begin_with(given: dict) -> tuple[list[str], str]:
-    """The arguments that `--init` stands for, and its run's alphabet; LabError where others contradict it."""
-    file = find_checkpoint(given["init"], "best.pt").absolute()
-    begun = load(file, "--device=cpu")
-    arguments = [f"--init={file}"]
-    for name in ("model", "embedding", "hidden"):
-        theirs = getattr(begun.options, name)
-        if given.get(name, theirs) not in (theirs, [theirs]):
-            raise LabError(f"--{name} is that of the run that --init names: leave it out")
-        arguments.append(f"--{name}={theirs}")
-    return arguments, begun.model.emb.lettres
+def new_folder(name: str | None, models: list[str]) -> Path:
+    """A folder for new runs, made for them alone; LabError where it holds a run already."""
+    folder = Path(name or RUNS / f"{'-'.join(models)}-{time.strftime('%Y-%m-%d_%H%M%S')}")
+    if RANK:
+        return folder
+    while not name and folder.exists():  # of a run that starts in the same second
+        folder = folder.with_name(f"{folder.name}-2")
+    folder.mkdir(parents=True, exist_ok=bool(name))
+    if any(folder.glob("**/*.pt")):
+        raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
+    return folder
 
 
-def new_folders(name: str | None, models: list[str]) -> dict[str, Path]:
-    """A folder for each model's run; LabError where one holds a run already."""
-    top = Path(name or RUNS / f"{'-'.join(models)}-{time.strftime('%Y-%m-%d_%H%M%S')}")
-    while not name and not RANK:
-        try:
-            top.mkdir(parents=True)
-            break
-        except FileExistsError:  # of a run that starts in the same second
-            top = top.with_name(f"{top.name}-2")
-    folders = {model: top / model if len(models) > 1 else top for model in models}
-    for folder in folders.values():
-        if any(folder.glob("*.pt")) and not RANK:
-            raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
-    return folders
-
-
-def train_new(given: dict, arguments: list[str]) -> None:
+def train_new(given: dict) -> None:
     """Train a new run of each model that is asked for, on the same batches; then compare them."""
     lettres = None
     if "init" in given:
-        more, lettres = begin_with(given)
-        arguments = [*arguments, *more]
-    options = run_options(arguments)
-    models = list(CELLS) if "all" in given.get("model", ()) else given.get("model", [options.model])
-    folders = new_folders(options.run, models)
+        file = find_checkpoint(given["init"], "best.pt").absolute()
+        lettres = load(file, device="cpu").model.emb.lettres
+        given = given | {"init": str(file)}
+    options = run_options(given)
+    models = given.get("model", [options.model])
+    models = [*CELLS] if "all" in models else models
     train_set, valid_set = load_corpus(options, lettres)
-    if "data" in given:
-        arguments = [*arguments, f"--data={Path(options.data).absolute()}"]  # to go on from any folder
-    todo = [[*arguments, f"--model={model}", "--run", folder] for model, folder in folders.items()]
-    if len(models) > 1:
-        todo.append(["--compare", *folders.values()])
-    for model, folder in folders.items():
-        file = folder / "last.pt"
-        try:
-            new = new_run([*arguments, f"--model={model}"], train_set)
-            folder.mkdir(parents=True, exist_ok=True)
-            if file.exists() and not RANK:
-                raise LabError(f"another process writes in {folder}: choose another --run")
-            save(new, file)  # killed before its next save, it can be resumed as well
-            finish(new, folder, train_set, valid_set)
-        except KeyboardInterrupt:
-            todo[0] = ["--resume", folder] if file.exists() else todo[0]
-            say_next(*[["python", Path(sys.argv[0]).name, *words] for words in todo])
-            raise
-        todo = todo[1:]
-    if todo and not RANK:
-        compare([*folders.values()], [f"--data={options.data}"])
+    top = new_folder(options.run, models)
+    runs = {}
+    for model in models:
+        folder = top / model if len(models) > 1 else top
+        folder.mkdir(parents=True, exist_ok=True)
+        runs[folder] = new_run(run_options(given | {"model": model}), train_set)
+        save(runs[folder], folder / "last.pt")  # killed before its next save, it can be resumed as well
+    finish(runs, top, train_set, valid_set)
 
 
-def resume(name: str, more: list[str]) -> None:
-    """Go on with a run; one that has finished is looked inside anew, or trained further given --epochs."""
-    file = find_checkpoint(name, "last.pt")
-    run = load(file, *more)
+def resume(name: str, **changes) -> None:
+    """Go on with a run, or all in a folder; what has finished is looked inside anew, or trained further."""
+    top = Path(name or find_checkpoint(None, "last.pt").parent)
+    runs = load_runs([top], "last.pt", **changes)
+    run = next(iter(runs.values()))
     train_set, valid_set = load_corpus(run.options, run.model.emb.lettres, run.sha256)
-    print(f"going on after step {run.progress.step:,}")
-    if more:
-        save(run, file)  # so that what is given now holds when it is resumed again
+    for folder, run in runs.items():
+        print(f"{run.model.cell}: going on after step {run.progress.step:,}")
+        if changes:
+            save(run, folder / "last.pt")  # so that they hold when it is resumed again
+    finish(runs, top, train_set, valid_set)
+
+
+def finish(runs: dict[Path, Run], top: Path, train_set, valid_set) -> None:
+    """Train the runs in a folder to their ends, look inside, compare several, and say what comes next."""
+    script = Path(sys.argv[0]).name
     try:
-        finish(run, file.parent, train_set, valid_set)
+        for folder, run in runs.items():
+            train(run, folder, train_set, valid_set)
+            if not RANK:
+                look_inside(folder, valid_set)
+        if len(runs) > 1 and not RANK:
+            compare([top])
     except KeyboardInterrupt:
-        say_next(["python", Path(sys.argv[0]).name, "--resume", file.parent, *more])
+        say_next(["python", script, "--resume", top])
         raise
-
-
-def finish(run: Run, folder: Path, train_set, valid_set) -> None:
-    """Train to the end, look inside, and say what comes next."""
-    train(run, folder, train_set, valid_set)
-    if not RANK:
-        print("looking inside …")
-        look_inside(folder, valid_set)
-    commands = [["python", "generate.py", "--beam", "5", "--checkpoint", folder]]
-    if Path(sys.argv[0]).name != "tp5.py":  # generate.py knows no cells of other scripts
-        commands = []
-    say_next(*commands, ["tensorboard", "--logdir", folder.parent])
+    # generate.py knows no cells of other scripts
+    write = [["python", "generate.py", "--beam", "5", "--checkpoint", folder]] if script == "tp5.py" else []
+    say_next(*write, ["tensorboard", "--logdir", top])
 
 
 def keep_freed_memory() -> None:
@@ -1096,13 +1018,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def others(parser, given: dict, modes: tuple[str, ...], allowed: tuple[str, ...]) -> list[str]:
-    """What was given beside `modes`, as arguments; argparse's error where one is not `allowed` with them."""
-    names = [name for name in given if name not in modes]
-    for name in names:
+def beside(parser, given: dict, mode: str, *allowed: str) -> dict:
+    """The options given beside `mode`; argparse's error where one is not `allowed` with it."""
+    options = {name: value for name, value in given.items() if name != mode}
+    for name in options:
         if name not in allowed:
-            parser.error(f"--{name.replace('_', '-')} does not go with --{modes[0]}")
-    return [f"--{name}={given[name]}" for name in names]
+            parser.error(f"--{name.replace('_', '-')} does not go with --{mode}")
+    return options
 
 
 def main() -> None:
@@ -1110,6 +1032,8 @@ def main() -> None:
     unset = dict.fromkeys(vars(parser.parse_args([])))
     options = parser.parse_args(namespace=argparse.Namespace(**unset))  # without defaults
     given = {name: value for name, value in vars(options).items() if value is not None}
+    if "init" in given:
+        beside(parser, given, "init", *unset.keys() - {"model", "embedding", "hidden"})
     keep_freed_memory()
     if WORLD > 1:
         if torch.cuda.is_available() and given.get("device") != "cpu":
@@ -1120,14 +1044,13 @@ def main() -> None:
             raise LabError(f"WORLD_SIZE is set, as torchrun does: {error}") from None
     with redirect_stdout(None if RANK else sys.stdout):
         if "compare" in given:
-            compare(given["compare"], others(parser, given, ("compare",), ("data",)))
+            compare(given["compare"], **beside(parser, given, "compare", "data"))
         elif "look" in given:
-            more = others(parser, given, ("look", "resume"), ("data",))
-            look(given["look"], given.get("resume"), more)
+            look(given["look"], **beside(parser, given, "look", "resume", "data"))
         elif "resume" in given:
-            resume(given["resume"], others(parser, given, ("resume",), ("data", "epochs", "device")))
+            resume(given["resume"], **beside(parser, given, "resume", "data", "epochs", "device"))
         else:
-            train_new(given, sys.argv[1:])
+            train_new(given)
     if WORLD > 1:
         distributed.destroy_process_group()
 

@@ -82,19 +82,13 @@ def python(*command, **environment: str) -> str:
                           stdout=subprocess.PIPE, env={**os.environ, **environment}).stdout  # fmt: skip
 
 
-def epochs_of(output: str) -> list[tuple[float, float, float]]:
-    """Of each epoch that tp5.py printed: validation loss in nats, characters/s, seconds of training."""
-    pattern = r"validation ([\d.]+) nats[\s\S]*?([\d,]+) characters/s, ([\d.]+) s of training"
-    return [tuple(float(n.replace(",", "")) for n in found) for found in re.findall(pattern, output)]
-
-
 @contextlib.contextmanager
-def default_run(*arguments: str):
+def default_run(**given):
     """A default run of the LSTM before its first step, its sentences, a folder that goes away; says nothing."""
-    arguments = ["--device=cpu", *arguments]
+    options = tp5.run_options({"device": "cpu", **given})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        train_set, valid_set = tp5.load_corpus(tp5.run_options(arguments))
-        yield tp5.new_run(arguments, train_set), Path(folder), train_set, valid_set
+        train_set, valid_set = tp5.load_corpus(options)
+        yield tp5.new_run(options, train_set), Path(folder), train_set, valid_set
 
 
 # ------------------------------------------------------------------------------------------- step
@@ -117,14 +111,13 @@ MODELS = {"ours": CharModel, "torch": TorchModel}
 
 def training_step(cell: str, size: int, hidden: int = H, *, library="ours", optimizer="adamw"):
     """Two functions: `train_step` on a batch of T × size symbols, and the optimisers' part of it."""
-    run = tp5.new_run(
-        [f"--model={cell}", f"--hidden={hidden}", f"--optimizer={optimizer}", "--device=cpu"], TextDataset("")
-    )
+    options = tp5.run_options({"model": cell, "hidden": hidden, "optimizer": optimizer, "device": "cpu"})
+    run = tp5.new_run(options, TextDataset(""))
     if library == "torch":
         model = TorchModel(cell, E, hidden)
         run = replace(run, model=model, optimizers=tp5.make_optimizers(model, run.options))
     batch = torch.randint(EOS_IX + 1, V, (T, size))
-    step = partial(tp5.train_step, run, run.model, batch, lr=1e-3, mean_symbols=batch.numel())
+    step = partial(tp5.train_step, run, batch, lr=1e-3, mean_symbols=batch.numel())
     step()  # which leaves gradients for `update`
 
     def update() -> None:
@@ -315,7 +308,7 @@ def trained_loss(cell: str, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--model", cell, "--seed", seed, "--histograms-every", 0, "--run", Path(folder) / "run"]
         python(ROOT / "tp5.py", *arguments, OMP_NUM_THREADS="1")
-        return tp5.load(Path(folder) / "run" / "best.pt", "--device=cpu").progress.best_loss
+        return tp5.load(Path(folder) / "run" / "best.pt", device="cpu").progress.best_loss
 
 
 def quality(corpora: list[Path]) -> None:
@@ -343,9 +336,10 @@ def shakespeare(corpora: list[Path]) -> None:
         {"model": "nanoGPT, one A100", "parameters": "10.7 M", "seconds": 180, "nats a character": "1.4697"},
     ]
     for epochs in (5, 10):
-        arguments = ["--device=cpu", "--blocks", f"--epochs={epochs}", "--histograms-every=0"]
-        train_set = TextDataset(train_text, unit="block", maxlen=tp5.run_options(arguments).maxlen)
-        run = tp5.new_run(arguments, train_set)
+        given = {"device": "cpu", "blocks": True, "epochs": epochs, "histograms_every": 0}
+        options = tp5.run_options(given)
+        train_set = TextDataset(train_text, unit="block", maxlen=options.maxlen)
+        run = tp5.new_run(options, train_set)
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             tp5.train(run, Path(folder), train_set, valid_set)
         nats = run.progress.best_loss * symbols / len(valid_text)  # over blank lines, too
@@ -363,18 +357,17 @@ def record(corpora: list[Path]) -> None:
         steps = run.options.epochs * len(loader)
         mean_symbols = (train_set.lengths + 1).sum() / len(loader)
         batches = list(itertools.islice(loader, 20))
-        run.progress.seconds = 1.0  # of the steps before, which the speed shown is divided by
 
         def training(**every: int):
             """A function that trains and writes as often as these options say."""
             options = argparse.Namespace(**vars(run.options) | every)
             watched = replace(run, options=options)  # with the same model and progress
-            monitor = tp5.Monitor(watched, folder, steps, steps, mean_symbols)
+            monitor = tp5.Monitor(watched, folder, steps, steps)
 
             def train() -> None:
                 for batch in batches:
                     gates = [] if monitor.due(options.histograms_every) else None
-                    found = tp5.train_step(watched, run.model, batch, options.lr, mean_symbols, gates)
+                    found = tp5.train_step(watched, batch, options.lr, mean_symbols, gates)
                     run.progress.count(*found)
                     monitor.step(batch, options.lr, found[-1], gates)
                     run.progress.step += 1
@@ -401,9 +394,9 @@ def record(corpora: list[Path]) -> None:
 
 def resume(corpora: list[Path]) -> None:
     """What a save of the default model costs, flushed to disk, and a checked load."""
-    with default_run("--maxsent=1000") as (run, folder, train_set, _):
+    with default_run(maxsent=1000) as (run, folder, train_set, _):
         batch = next(iter(tp5.batches(train_set, run.batch_size, epoch=0)))
-        tp5.train_step(run, run.model, batch, run.options.lr, mean_symbols=batch.numel())
+        tp5.train_step(run, batch, run.options.lr, mean_symbols=batch.numel())
         last, plain = folder / "last.pt", folder / "plain.pt"
         tp5.save(run, last)
         checkpoint = torch.load(last, weights_only=True)
@@ -422,20 +415,20 @@ def resume(corpora: list[Path]) -> None:
 def ddp(corpora: list[Path]) -> None:
     """Two processes of one thread beside one process of one thread, the real command."""
 
-    def train(processes: int, size: int = B) -> tuple[float, float, float]:
+    def train(processes: int, size: int = B) -> tp5.Progress:
         torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--"] * (processes > 1)
         with tempfile.TemporaryDirectory() as folder:
             short = ["--maxsent", 3000, "--epochs", 1, "--histograms-every", 0, "--batch-size", size]
-            output = python(*torchrun, ROOT / "tp5.py", "--run", folder, *short, OMP_NUM_THREADS="1")
-        return epochs_of(output)[-1]
+            python(*torchrun, ROOT / "tp5.py", "--run", folder, *short, OMP_NUM_THREADS="1")
+            return tp5.load(Path(folder) / "best.pt").progress
 
     found = {2: [], 1: []}
     for _, processes in itertools.product(range(2), found):
         found[processes].append(train(processes))
-    two, one = (statistics.median(speed for _, speed, _ in runs) for runs in found.values())
-    show("ddp: two processes of one thread", [beside(f"{B} sentences each, one", "characters/s", two, one)])
-    alone = train(1, 2 * B)[0]
-    print(f"\nValidation: {found[2][0][0]} nats; one process with the same batches of {2 * B}: {alone} nats.")
+    two, one = (statistics.median(run.seconds for run in runs) for runs in found.values())
+    show("ddp: two processes of one thread", [beside(f"an epoch, {B} sentences each, one", "s", two, one)])
+    losses = found[2][0].best_loss, train(1, 2 * B).best_loss
+    print("\nValidation: {:.3f} nats; one process with the same batches: {:.3f} nats.".format(*losses))
 
 
 POINTS = {point.__name__: point for point in

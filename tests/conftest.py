@@ -1,5 +1,6 @@
 """What the tests share: the project on the import path, small runs, and the real command line."""
 
+import hashlib
 import io
 import os
 import random
@@ -81,6 +82,13 @@ def refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> 
     lines = result.stderr.splitlines()
     assert lines[0].startswith("usage: ") if code == 2 else len(lines) == 1, result.stderr
     assert all(word in lines[-1] for word in words) and lines[-1].isprintable(), result.stderr
+
+
+def checkpoint_file(content, path: Path) -> None:
+    """Write a checkpoint with this content, as `save` does: followed by its SHA-256."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    path.write_bytes(stream.getvalue() + hashlib.sha256(stream.getvalue()).digest())
 
 
 def same(left, right) -> bool:

@@ -1,6 +1,7 @@
-"""The figures of the findings, drawn from trained runs of the three cells and their comparison alone.
+"""The figures of the findings, drawn from trained runs of the three cells alone, and two tables for the text.
 
     python tests/figures.py [RUNS]             # default: runs/reference
+    python tests/figures.py [RUNS] --words     # known words and copied substrings, as RUNS/words.md
     python tests/figures.py [RUNS] --memory    # trains an LSTM without forget bias, writes RUNS/memory.md
 
 They go where the runs are. A title says a finding only where the numbers drawn do.
@@ -8,6 +9,7 @@ They go where the runs are. A title says a finding only where the numbers drawn 
 
 import argparse
 import contextlib
+import re
 import statistics
 import sys
 import tempfile
@@ -138,9 +140,50 @@ def named_units(folder: Path, events: EventAccumulator):
     return figure
 
 
-def quality(comparison: Path):
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.lower())
+
+
+def substrings(length: int):
+    """A function from a text to its substrings of so many characters."""
+    return lambda text: [text[i : i + length] for i in range(len(text) - length + 1)]
+
+
+PARTS = {"known": words_of, "copied 16": substrings(16), "copied 32": substrings(32)}
+
+
+def originality(groups: list[list[str]], corpus: list[str]) -> list[dict[str, float]]:
+    """Learned or copied: the median length of each group's texts, the shares of their parts that the corpus has."""
+    rows = [{"length": int(statistics.median(map(len, texts)))} for texts in groups]
+    for name, parts_of in PARTS.items():
+        known = {part for sentence in corpus for part in parts_of(sentence)}
+        for row, texts in zip(rows, groups, strict=True):
+            parts = [part for text in texts for part in parts_of(text)]
+            row[name] = sum(part in known for part in parts) / max(len(parts), 1)
+    return rows
+
+
+def words(folder: Path) -> str:
+    """What the decoders make of the same 20 starts, how much of it is copied; a table."""
+    runs = {cell: tp5.load(folder / cell / "best.pt", device="cpu") for cell in COLOURS}
+    with contextlib.redirect_stdout(None):
+        train_set, valid_set = tp5.load_corpus(runs["rnn"].options)
+    starts = ["", *dict.fromkeys(text.split()[0] + " " for text in valid_set.sentences)][:20]
+    rows, groups = [{"run": "corpus", "decoder": "", "ended": 1.0}], [valid_set.sentences[:200]]
+    for cell, run in runs.items():
+        by_start = [tp5.samples(run.model, start, seed) for seed, start in enumerate(starts)]
+        for decoder in by_start[0]:
+            written = [by_decoder[decoder] for by_decoder in by_start]
+            groups.append([hypothesis.text for hypothesis in written])
+            share = sum(hypothesis.ended for hypothesis in written) / len(starts)
+            rows.append({"run": cell, "decoder": decoder, "ended": share})
+    shares = originality(groups, train_set.sentences)
+    return tp5.table([row | more for row, more in zip(rows, shares, strict=True)]) + "\n"
+
+
+def quality(words: Path):
     """Known words, ended sentences and length of what each decoder writes, beside held-out sentences."""
-    people, *rows = rows_of(comparison.read_text(encoding="utf-8").split("\n## Shares")[1].split("\n## ")[0])
+    people, *rows = rows_of(words.read_text(encoding="utf-8"))
     decoders, cells = list(dict.fromkeys(row["decoder"] for row in rows)), list(COLOURS)
     figure, panels = plt.subplots(1, 3, figsize=(16, 7.5), sharey=True)
     measures = {"known": "known words, share", "ended": "sentences ended, share",
@@ -195,15 +238,15 @@ def memory_of(model, batch, characters: int = 40) -> dict[str, float]:
 
 def memory(folder: Path) -> str:
     """Of the LSTM at the start and trained, with its forget bias of 1 and without: see `memory_of`."""
-    run = tp5.load(folder / "lstm" / "best.pt", "--device=cpu")
+    run = tp5.load(folder / "lstm" / "best.pt", device="cpu")
     train_set, valid_set = tp5.load_corpus(run.options)
     tp5.CELLS["lstm"] = NoForgetBias
-    plain = tp5.new_run(run.arguments, train_set)
-    models = {"bias 0, at start": tp5.new_run(run.arguments, train_set).model}
+    plain = tp5.new_run(run.options, train_set)
+    models = {"bias 0, at start": tp5.new_run(run.options, train_set).model}
     with tempfile.TemporaryDirectory() as temporary:
         tp5.train(plain, Path(temporary), train_set, valid_set)
     tp5.CELLS["lstm"] = tp5.LSTM
-    models |= {"bias 0, trained": plain.model, "bias 1, at start": tp5.new_run(run.arguments, train_set).model}
+    models |= {"bias 0, trained": plain.model, "bias 1, at start": tp5.new_run(run.options, train_set).model}
     models["bias 1, trained"] = run.model
     long = [valid_set[i][:60] for i in range(len(valid_set)) if valid_set.lengths[i] >= 60][:200]
     batch, rows = pad_collate_fn(long)[:60], []
@@ -217,9 +260,13 @@ def memory(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "runs" / "reference", metavar="RUNS")
+    parser.add_argument("--words", action="store_true", help="known words and copied substrings, as RUNS/words.md")
     parser.add_argument("--memory", action="store_true", help="what carries the LSTM's memory, as RUNS/memory.md")
     options = parser.parse_args()
     folder = options.runs
+    if options.words:
+        (folder / "words.md").write_text(words(folder), encoding="utf-8")
+        return
     if options.memory:
         (folder / "memory.md").write_text(memory(folder), encoding="utf-8")
         return
@@ -230,7 +277,7 @@ def main() -> None:
         "loss_curves": loss_curves(runs),
         "gradient_flow": gradient_flow(runs),
         "named_units": named_units(folder / "lstm", runs["lstm"]),
-        "likelihood_is_not_quality": quality(folder / "comparison" / "comparison.md"),
+        "likelihood_is_not_quality": quality(folder / "words.md"),
     }.items():
         figure.savefig(folder / f"{name}.png")
 

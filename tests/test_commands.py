@@ -32,21 +32,10 @@ def test_training_says_what_it_did(runs):
     bits = [float(x) for x in re.findall(r"([\d.]+) bits", output)]
     assert bits == pytest.approx([x / math.log(2) for x in losses], abs=1.3e-3)
     assert all(output.count(f"\n  {name:12s}  ") == 6 for name in SAMPLES)
-    assert "worse than a guess" not in output and "skipped" not in output
+    assert "skipped" not in output
     short = [line for line in output.splitlines() if str(runs.parent) not in line]  # paths stay whole
     assert max(map(len, short)) <= 80
     assert f"\n    python generate.py --beam 5 --checkpoint '{runs / 'lstm'}'\n" in output  # to be pasted
-
-
-def test_only_the_models_just_trained_are_compared(runs, small, tmp_path):
-    """Whatever else stands in the folder."""
-    checkpoint = torch.load(runs / "rnn" / "best.pt", weights_only=True)
-    checkpoint["arguments"].append("--seed=1")
-    (tmp_path / "stranger").mkdir()
-    torch.save(checkpoint, tmp_path / "stranger" / "best.pt")
-    found = here("tp5.py", "--model", "rnn", "gru", "--run", tmp_path, *small, "--epochs", 1)
-    assert found.returncode == 0 and found.stderr == "" and "stranger" not in found.stdout
-    assert (tmp_path / "comparison" / "comparison.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -64,6 +53,7 @@ def test_only_the_models_just_trained_are_compared(runs, small, tmp_path):
         (["--compare", "runs", "--run", "x"], ["--run", "--compare"]),
         (["--compare", "runs", "--look", "x"], ["--compare"]),
         (["--look", "x", "--lr", 1], ["--lr", "--look"]),
+        pytest.param(["--device", "cuda"], ["cpu"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")),
     ],
 )
 def test_bad_options(tmp_path, monkeypatch, options, words):
@@ -77,17 +67,14 @@ def test_bad_options(tmp_path, monkeypatch, options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--data", "missing.txt"], ["cannot read missing.txt"]),
-        (["--data", "."], ["cannot read ."]),
+        (["--data", "missing.txt"], ["cannot read ", "missing.txt"]),
+        (["--data", "."], ["cannot read ", "directory"]),
         (["--data="], ["cannot read"]),
-        (["--resume", "nowhere"], ["cannot read nowhere"]),
-        (["--compare", "."], ["no run in "]),
+        (["--resume", "nowhere"], ["no last.pt", "nowhere"]),
+        (["--compare", "."], ["no best.pt", "train"]),
         (["--look", " "], ["--look", "text"]),
         (["--look", "→"], ["alphabet: →"]),
         (["--look", "a" * 100_000], ["--look", "1,000"]),
-        pytest.param(
-            ["--device", "cuda"], ["CUDA"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")
-        ),
     ],
 )
 def test_refused_in_one_line(tmp_path, monkeypatch, options, words):
@@ -236,15 +223,6 @@ def test_diverging_run_stops_with_advice(small, tmp_path, clip):
     found = here("tp5.py", "--run", tmp_path, *small, "--lr", 1e9, "--clip", clip)
     refused(found, "not finite", "three steps in a row", "smaller --lr", "--clip 1")
     assert load(tmp_path / "last.pt").progress.step == 0
-
-
-def test_worse_than_a_guess_is_said(small, tmp_path):
-    found = here("tp5.py", "--run", tmp_path, *small, "--lr", 100)
-    assert found.returncode == 0, found.stderr
-    losses = [float(x) for x in re.findall(r"validation ([\d.]+) nats", found.stdout)]
-    assert len(losses) == 2 and losses[0] > math.log(97)
-    worse = sum(loss > math.log(97) for loss in losses)
-    assert found.stdout.count("worse than a guess (4.57 nats)") == found.stdout.count("smaller --lr") == worse
 
 
 def test_imports_do_no_work(tmp_path):

@@ -7,12 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLES, events_of, here, refused, valid_split
+from conftest import SAMPLES, checkpoint_file, events_of, here, refused, valid_split
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
 import tp5
 from textloader import EOS_IX, PAD_IX, TextDataset, pad_collate_fn, read_text, string2code
-from tp5 import CELLS, CharModel, Unit, features, gradient_flow, load, named_units, originality, picture
+from tp5 import CELLS, CharModel, Unit, features, gradient_flow, load, named_units, picture
 
 TEXTS = ["The end of it all.", "It is.", 'So I said "no, never" to Bob.', "A b c d e f g h."]
 GATES = {"rnn": ["h"], "gru": ["z", "r", "candidate", "h"], "lstm": ["f", "i", "candidate", "o", "C", "h"]}
@@ -137,23 +137,11 @@ def test_picture_shows_each_unit_after_each_character():
     assert np.corrcoef(pale, values.abs().flatten())[0, 1] < -0.999
 
 
-def test_copied_shares_are_those_of_plain_search():
-    corpus = ["We the people of the United States.", "The people hold the power here today."]
-    groups = ["the people of the world", "We the xyz"], ["", "it"], [corpus[0]]
-    rows = originality(groups, corpus)
-    for texts, row in zip(groups, rows, strict=True):
-        for n in (16, 32):
-            pieces = [text[i : i + n] for text in texts for i in range(len(text)) if len(text[i : i + n]) == n]
-            copied = sum(any(piece in sentence for sentence in corpus) for piece in pieces)
-            assert row[f"copied {n}"] == pytest.approx(copied / max(len(pieces), 1))
-    assert [row["known"] for row in rows] == [6 / 8, 0, 1]  # all but "world" and "xyz"
-
-
 @pytest.mark.parametrize("cell", CELLS)
 def test_tensorboard_reads_every_tag(runs, cell):
     events = events_of(runs / cell)
     tags = events.Tags()
-    for words in (["loss/train"], ["loss/validation"], ["norm_before"], ["learning_rate"], ["per_second"]):
+    for words in (["loss/train"], ["loss/validation"], ["norm_before"], ["learning_rate"]):
         points = events.Scalars(one_tag([t for t in tags["scalars"] if "bits" not in t], *words))
         steps = [point.step for point in points]
         assert steps == sorted(set(steps)) and len(steps) >= 2, words
@@ -243,7 +231,6 @@ def test_comparison_says_what_the_checkpoints_say(runs):
         assert int(figures["parameters"].replace(",", "")) == sum(sizes)
     for cell, decoder in itertools.product(CELLS, SAMPLES):
         assert text.count(f"{cell}, {decoder}:") == 1
-        assert [row[:2] for row in rows].count([cell, decoder]) == 1
     flows = {tuple(row[:3]): row[3:] for row in rows if row[1] in ("h", "C")}
     assert len(flows) == 8
     for (cell, state, when), shown in flows.items():
@@ -263,17 +250,16 @@ def test_runs_are_compared_again_without_training(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = here("tp5.py", "--compare", tmp_path / "some" / "rnn", "some/lstm")  # one absolute, one relative
     assert found.returncode == 0, found.stderr
-    shares = [row[:2] for row in rows_of(found.stdout) if row[1] in SAMPLES]
-    assert shares == [[cell, decoder] for cell in ("rnn", "lstm") for decoder in SAMPLES]
+    assert [row[0] for row in rows_of(found.stdout)[2:4]] == ["rnn", "lstm"]
     assert (tmp_path / "some" / "comparison" / "comparison.md").exists()
 
 
 def test_of_runs_that_do_not_fit_those_that_do_are_named(runs, tmp_path):
     for name, seed in (("a", 0), ("b", 1), ("c", 0)):
         checkpoint = torch.load(runs / "rnn" / "best.pt", weights_only=True)
-        checkpoint["arguments"].append(f"--seed={seed}")
+        checkpoint["options"]["seed"] = seed
         (tmp_path / name).mkdir()
-        torch.save(checkpoint, tmp_path / name / "best.pt")
+        checkpoint_file(checkpoint, tmp_path / name / "best.pt")
     found = here("tp5.py", "--compare", tmp_path / "a", tmp_path / "b", tmp_path / "c")
     refused(found, "same sentences")
     assert "['a', 'c'], ['b']" in found.stderr

@@ -9,12 +9,14 @@ from conftest import ROOT, command, here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tp5
+from figures import originality
 from tp5 import CELLS
 
 REFERENCE = ROOT / "runs" / "reference"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FINDINGS = (REFERENCE / "README.md").read_text(encoding="utf-8")
 COMPARISON = (REFERENCE / "comparison" / "comparison.md").read_text(encoding="utf-8")
+WORDS = (REFERENCE / "words.md").read_text(encoding="utf-8")
 MEMORY = (REFERENCE / "memory.md").read_text(encoding="utf-8")
 SEEDS = (REFERENCE / "seeds.md").read_text(encoding="utf-8")
 
@@ -51,15 +53,15 @@ def lag_40(run: str, of: str, when: str) -> float:
 
 def decoded(run: str, decoder: str) -> dict[str, str]:
     """What a decoder's sentences are like."""
-    shares = table(COMPARISON, "run", "decoder")
+    shares = table(WORDS, "run", "decoder")
     return next(row for row in shares if (row["run"], row["decoder"]) == (run, decoder))
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_validation_loss_is_computed_again(cell):
-    run = tp5.load(REFERENCE / cell / "best.pt", "--device=cpu")
+    run = tp5.load(REFERENCE / cell / "best.pt", device="cpu")
     where = {"run": "any", "device": "any"}
-    documented = vars(tp5.run_options(["--model", cell])) | where  # the command has the defaults
+    documented = vars(tp5.run_options({"model": cell})) | where  # the command has the defaults
     assert vars(run.options) | where == documented
     train_set, valid_set = tp5.load_corpus(run.options)
     assert train_set.sha256 == run.sha256
@@ -71,7 +73,7 @@ def test_validation_loss_is_computed_again(cell):
 
 
 def test_tables_are_those_of_the_runs():
-    measured = [*rows(COMPARISON), *rows(SEEDS)]
+    measured = [*rows(COMPARISON), *rows(WORDS), *rows(SEEDS)]
     shown = [row for row in rows(FINDINGS) if row[0].split(" ")[0] in (*CELLS, "corpus")]
     assert len(shown) == 19 and all(row in measured for row in shown)
 
@@ -125,6 +127,18 @@ def test_units_follow_what_is_said():
     said(f"(r {float(units['position in the word']['correlation']):.2f})".replace("-", "−"), FINDINGS)
     assert {units[feature]["unit"].split()[0] for feature in ("a space", "a vowel")} <= {*"fio", "candidate"}
     assert all(abs(float(unit["correlation"])) >= 0.5 for unit in units.values())
+
+
+def test_copied_shares_are_those_of_plain_search():
+    corpus = ["We the people of the United States.", "The people hold the power here today."]
+    groups = ["the people of the world", "We the xyz"], ["", "it"], [corpus[0]]
+    rows = originality(groups, corpus)
+    for texts, row in zip(groups, rows, strict=True):
+        for n in (16, 32):
+            pieces = [text[i : i + n] for text in texts for i in range(len(text)) if len(text[i : i + n]) == n]
+            copied = sum(any(piece in sentence for sentence in corpus) for piece in pieces)
+            assert row[f"copied {n}"] == pytest.approx(copied / max(len(pieces), 1))
+    assert [row["known"] for row in rows] == [6 / 8, 0, 1]  # all but "world" and "xyz"
 
 
 def test_likelihood_is_not_quality():

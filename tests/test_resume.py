@@ -25,16 +25,16 @@ STEPS = 29  # of an epoch of the small text
 
 def content(path) -> dict:
     """A checkpoint without its wall-clock figures, and how its command was called."""
-    checkpoint, options = torch.load(path, weights_only=True), vars(load(path).options)
-    del checkpoint["progress"]["seconds"], checkpoint["arguments"], options["run"], options["save_every"]
-    return checkpoint | {"options": options}
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["progress"]["seconds"], checkpoint["options"]["run"], checkpoint["options"]["save_every"]
+    return checkpoint
 
 
 def curves(folder) -> dict:
-    """Every point that TensorBoard shows of a run, but for its speed: tag → [(step, value)]."""
+    """Every point that TensorBoard shows of a run: tag → [(step, value)]."""
     sizes = dict.fromkeys(("scalars", "histograms", "text", "images"), 0)
     events = EventAccumulator(str(folder), tensor_size_guidance=sizes).Reload()
-    tags = [tag for tag in events.Tags()["tensors"] if "characters_per_second" not in tag]
+    tags = events.Tags()["tensors"]
     return {tag: [(point.step, point.tensor_proto) for point in events.Tensors(tag)] for tag in tags}
 
 
@@ -95,7 +95,7 @@ def test_stopped_and_resumed_is_the_same_run(small, whole, tmp_path, within, how
     if step is not None:
         assert load(folder / "last.pt").progress.step == step
         command = ("tp5.py", "--resume", folder)
-    if how == "INT" and step < 2 * STEPS:
+    if how == "INT":
         assert f"\n    python {shlex.join(map(str, command))}\n" in found.stdout  # says how to go on
     found = here(*command)
     assert found.returncode == 0 and (step is None or f"going on after step {step}\n" in found.stdout), found.stderr
@@ -166,8 +166,8 @@ def ctrl_c(function: str, *arguments):
     return found
 
 
-def test_a_run_stopped_before_its_first_save_says_what_begins_it(small, whole, tmp_path):
-    followed(ctrl_c("tp5.save", "--run", tmp_path / "run", *small, *SIZES))
+def test_a_run_stopped_before_its_first_step_goes_on(small, whole, tmp_path):
+    followed(ctrl_c("tp5.train_step", "--run", tmp_path / "run", *small, *SIZES))
     assert_same_run(whole, tmp_path / "run")
 
 
@@ -177,7 +177,7 @@ def test_training_on_stopped_before_its_first_save_says_what_trains_on(whole, tm
     assert load(tmp_path / "run" / "last.pt").progress.step == 3 * STEPS
 
 
-def test_many_models_stopped_in_the_first_say_what_trains_and_compares_all(small, tmp_path):
+def test_many_models_stopped_in_the_first_go_on_with_all_and_are_compared(small, tmp_path):
     followed(ctrl_c("tp5.train_step", "--run", tmp_path, *small, *SIZES, "--model", "rnn", "gru", "--epochs", 1))
     assert {path.parent.name for path in tmp_path.glob("*/best.pt")} == {"rnn", "gru"}
     assert (tmp_path / "comparison" / "comparison.md").exists()

@@ -10,14 +10,13 @@ from conftest import here, refused, valid_split
 
 import tp5
 from textloader import PAD_IX, TextDataset, pad_collate_fn
-from tp5 import CELLS, load, new_run, schedule, train_step
+from tp5 import CELLS, load, new_run, run_options, schedule, train_step
 
 
-def small_run(cell: str, *arguments):
+def small_run(cell: str, **options):
     """A run before its first step."""
-    return new_run(
-        ["--hidden", "6", "--embedding", "4", "--device", "cpu", "--model", cell, *arguments], TextDataset("")
-    )
+    sizes = {"model": cell, "hidden": 6, "embedding": 4, "device": "cpu"}
+    return new_run(run_options(sizes | options), TextDataset(""))
 
 
 BATCH = torch.tensor([[2, 3, 4], [5, 6, 1], [2, 1, 0], [1, 0, 0]])  # 9 symbols
@@ -27,8 +26,8 @@ BATCH = torch.tensor([[2, 3, 4], [5, 6, 1], [2, 1, 0], [1, 0, 0]])  # 9 symbols
 @pytest.mark.parametrize("clip", [0, 1e-3])
 def test_a_step_is_torchs(cell, clip):
     """Cross-entropy over the mean batch's symbols, clipped by the norm of all gradients, AdamW."""
-    run, peer = (small_run(cell, "--optimizer", "adamw", "--clip", str(clip)) for _ in range(2))
-    nats, symbols, norm = train_step(run, run.model, BATCH, 0.01, mean_symbols=5.0)
+    run, peer = (small_run(cell, optimizer="adamw", clip=clip) for _ in range(2))
+    nats, symbols, norm = train_step(run, BATCH, 0.01, mean_symbols=5.0)
     logits, parameters = peer.model(BATCH).flatten(0, 1), [*peer.model.parameters()]
     loss = torch.nn.functional.cross_entropy(logits, BATCH.flatten(), ignore_index=PAD_IX, reduction="sum")
     (loss / 5).backward()
@@ -43,7 +42,7 @@ def test_a_step_is_torchs(cell, clip):
 def test_a_step_that_is_not_finite_teaches_nothing():
     run, before = small_run("lstm"), small_run("lstm").model.state_dict()
     run.model.decoder.register_forward_hook(lambda module, inputs, output: output * math.nan)
-    assert math.isnan(train_step(run, run.model, BATCH, 0.01, mean_symbols=9.0)[0])
+    assert math.isnan(train_step(run, BATCH, 0.01, mean_symbols=9.0)[0])
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
 
 
@@ -55,7 +54,7 @@ def test_learning_rate_rises_for_a_twentieth_then_falls_as_a_cosine():
 
 
 def test_recurrent_scale():
-    matrix = small_run("rnn", "--recurrent-scale", "3").model.rnn.hidden_weight
+    matrix = small_run("rnn", recurrent_scale=3).model.rnn.hidden_weight
     torch.testing.assert_close(matrix @ matrix.T, 9 * torch.eye(len(matrix)), atol=1e-4, rtol=0)
 
 
