@@ -916,8 +916,7 @@ def command_parser() -> argparse.ArgumentParser:
     add("--clip", type=positive, default=1.0, metavar="NORM", help="clip gradients (%(default)s; 0: never)")
     add("--recurrent-scale", type=positive, default=1.0, metavar="X", help="times initial W_h (%(default)s)")
     add("--seed", type=whole, default=0, help="of the split, the weights, the shuffling (%(default)s)")
-    add("--maxlen", type=many, default=2000, metavar="N",
-        help="leave out longer sentences (%(default)s); memory grows with it")
+    add("--maxlen", type=many, default=2000, metavar="N", help="leave out longer sentences (%(default)s)")
     add("--maxsent", type=in_range(int, 2, 10**9), metavar="N", help="use the first N sentences only")
     add("--device", choices=devices, default=devices[0], help="cuda where there is one (%(default)s)")
     add("--scalars-every", type=whole, default=20, metavar="N", help="steps (%(default)s; 0: never)")

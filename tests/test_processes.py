@@ -21,6 +21,7 @@ def torchrun(*arguments, script: str = "tp5.py", processes: int = 2) -> subproce
         env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_model_of_one(small, tmp_path):
     """The same batches, each split in two: equal but for rounding; everything is written and printed once."""
     together = ended(torchrun("--run", tmp_path / "two", *small, "--batch-size", 7))

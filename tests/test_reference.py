@@ -176,11 +176,12 @@ def test_length_penalties_write_what_is_said():
             assert found.stdout.strip() == row[f"A = {penalty}"]
 
 
-def test_the_session_of_the_readme_is_what_the_commands_print():
+def test_the_session_of_the_readme_is_what_the_commands_print(monkeypatch):
+    monkeypatch.chdir(ROOT)
     blocks = re.findall(r"    \$ python generate\.py (.*)\n((?:    .*\n)+)", README + FINDINGS)
     assert len(blocks) == 3
     for arguments, shown in blocks:
-        found = command("generate.py", *shlex.split(arguments), cwd=ROOT)
+        found = here("generate.py", *shlex.split(arguments))
         assert found.returncode == 0, found.stderr
         for line in shown.splitlines():
             assert line[4:].split(" … (")[0].rstrip() in found.stdout, line

@@ -77,13 +77,8 @@ WITHIN = {
 }
 CTRL_C = ("a step", "a save, not yet on the disk", "validation", "the look inside")
 CASES = [(within, "KILL") for within in WITHIN] + [(within, "INT") for within in CTRL_C]
-SLOW = (
-    ("a save, just renamed", "KILL"),
-    ("a save, not yet on the disk", "KILL"),
-    ("a step", "INT"),
-    ("validation", "INT"),
-)
-CASES = [pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES]
+FAST = [("a step", "KILL"), ("a save, not yet renamed", "KILL"), ("the look inside", "INT")]
+CASES = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize(("within", "how"), CASES, ids=lambda value: value)
@@ -102,6 +97,7 @@ def test_stopped_and_resumed_is_the_same_run(small, whole, tmp_path, within, how
     assert_same_run(whole, folder)
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again_is_the_same_run(small, whole, tmp_path):
     """While it resumes, too: before it has read its text, and as it opens its file of events."""
     folder = tmp_path / "run"
