@@ -446,6 +446,10 @@ def save(run: Run, file: Path) -> None:
         stream.write(hashlib.sha256(content.getbuffer()).digest())
         stream.flush()
         os.fsync(stream.fileno())
+    for _ in range(20):
+        with suppress(PermissionError):  # on Windows, while another process reads it
+            return os.replace(half, file)
+        time.sleep(0.1)
     os.replace(half, file)
 
 
@@ -916,7 +920,7 @@ def command_parser() -> argparse.ArgumentParser:
     add("--clip", type=positive, default=1.0, metavar="NORM", help="clip gradients (%(default)s; 0: never)")
     add("--recurrent-scale", type=positive, default=1.0, metavar="X", help="times initial W_h (%(default)s)")
     add("--seed", type=whole, default=0, help="of the split, the weights, the shuffling (%(default)s)")
-    add("--maxlen", type=many, default=2000, metavar="N", help="leave out longer sentences (%(default)s)")
+    add("--maxlen", type=many, default=2000, metavar="N", help="longest sentence; costs memory (%(default)s)")
     add("--maxsent", type=in_range(int, 2, 10**9), metavar="N", help="use the first N sentences only")
     add("--device", choices=devices, default=devices[0], help="cuda where there is one (%(default)s)")
     add("--scalars-every", type=whole, default=20, metavar="N", help="steps (%(default)s; 0: never)")
@@ -945,15 +949,18 @@ def run_options(given: dict) -> argparse.Namespace:
 
 
 def new_folder(name: str | None, models: list[str]) -> Path:
-    """A folder for new runs, made for them alone; LabError where it holds a run already."""
-    folder = Path(name or RUNS / f"{'-'.join(models)}-{time.strftime('%Y-%m-%d_%H%M%S')}")
-    if RANK:
+    """A folder for new runs, made for them alone; LabError where there is a run already."""
+    if name is None:
+        folder = RUNS / f"{'-'.join(models)}-{time.strftime('%Y-%m-%d_%H%M%S')}"
+        while not RANK and folder.exists():  # of a run that starts in the same second
+            folder = folder.with_name(f"{folder.name}-2")
+        if not RANK:
+            folder.mkdir(parents=True)
         return folder
-    while not name and folder.exists():  # of a run that starts in the same second
-        folder = folder.with_name(f"{folder.name}-2")
-    folder.mkdir(parents=True, exist_ok=bool(name))
-    if any(folder.glob("**/*.pt")):
+    folder = Path(name)
+    if not RANK and any(folder.glob("**/*.pt")):
         raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -972,8 +979,9 @@ def train_new(given: dict) -> None:
     runs = {}
     for model in models:
         folder = top / model if len(models) > 1 else top
-        folder.mkdir(parents=True, exist_ok=True)
         runs[folder] = new_run(run_options(given | {"model": model}), train_set)
+        if not RANK:
+            folder.mkdir(exist_ok=True)
         save(runs[folder], folder / "last.pt")  # killed before its next save, it can be resumed as well
     finish(runs, top, train_set, valid_set)
 

@@ -72,6 +72,14 @@ def test_without_torchrun_torch_distributed_is_not_touched(small, tmp_path, monk
 
 
 @pytest.mark.slow
+def test_a_folder_that_cannot_be_made_is_told_in_one_line_by_each_process(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    job = ended(torchrun("--run", tmp_path / "file" / "run", *small))
+    ours = [line for line in job.stderr.splitlines() if "file/run" in line and "tp5.py: " in line]
+    assert job.returncode != 0 and ours and f'File "{ROOT}' not in job.stderr, job.stderr
+
+
+@pytest.mark.slow
 def test_empty_variables_are_none(tmp_path):
     """As some schedulers set them."""
     found = command("tp5.py", "--compare", tmp_path, RANK="", WORLD_SIZE="", LOCAL_RANK="")

@@ -239,6 +239,20 @@ def test_a_failed_save_keeps_the_last_good_file(small, tmp_path):
     assert [load(tmp_path / name).progress.step for name in ("best.pt", "last.pt")] == [STEPS, STEPS]
 
 
+def test_a_file_that_another_process_reads_is_replaced_a_moment_later(small, tmp_path):
+    """As on Windows, where it cannot be replaced until then."""
+    replace, refusals = os.replace, iter([PermissionError(), PermissionError()])
+
+    def replacing(source, target):
+        for refusal in refusals:
+            raise refusal
+        replace(source, target)
+
+    with patch("os.replace", replacing):
+        found = here("tp5.py", "--run", tmp_path, *small, *SIZES, "--epochs", 1)
+    assert found.returncode == 0 and load(tmp_path / "last.pt").progress.step == STEPS
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
 def test_a_limit_on_files_keeps_the_last_good_file(small, tmp_path):
