@@ -14,7 +14,6 @@ import math
 import os
 import pickletools
 import re
-import shutil
 import sys
 import textwrap
 import time
@@ -35,8 +34,8 @@ from tqdm import tqdm
 from generate import DECODERS, codes_of, decode
 from generate import command_parser as decoder_parser
 from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, RUNS, ArgumentParser, BucketSampler, LabError
-from textloader import TextDataset, code2string, find_checkpoint, frequent, guard, in_range, lettres_of
-from textloader import likely_unit, pad_collate_fn, printable, read_text, say_next, shortened
+from textloader import TextDataset, code2string, describe, find_checkpoint, guard, in_range, lettres_of
+from textloader import pad_collate_fn, printable, read_text, say_next
 
 
 # ------------------------------------------------------------------------------------------- loss
@@ -504,29 +503,6 @@ def load(file: Path, *more: str) -> Run:
 
 
 # ------------------------------------------------------------------------------------- monitoring
-def describe(dataset: TextDataset, text: str, name: str) -> None:
-    """Print what a corpus holds and what was left out; LabError where there is too little to learn from."""
-    lost = dataset.dropped.total() / len(text)
-    examples = f"{len(dataset):,} {dataset.unit}s"
-    held_out = len(dataset) // 10
-    beyond = dataset.lettres[len(LETTRES) :]
-    likely = likely_unit(text)
-    if lost > 0.5:
-        raise LabError(f"{name}: most characters are outside the alphabet: {frequent(dataset.dropped)}")
-    if held_out == 0:
-        ways = "an example is a sentence, or one of --lines or --blocks"
-        raise LabError(f"{name}: too little text, {examples} of 10 ({dataset.left_out()}); {ways}")
-    print(f"{printable(name)}: {examples}, {len(dataset) - held_out:,} to train on, {held_out:,} to validate")
-    print(textwrap.fill(printable(dataset.left_out()), 79, subsequent_indent="  "))
-    if beyond:
-        print(f"{len(beyond):,} symbols beyond ASCII: {shortened(beyond, 50)}")
-    if len(dataset) < 1000 or lost > 0.1:
-        little = f"little to learn from: {examples}, {lost:.0%} of the characters left out"
-        print(f"warning: {little}; --init RUN begins with a trained run", file=sys.stderr)
-    if dataset.unit == "sentence" and likely != "sentence":
-        print(f"warning: few lines end a sentence; is this a text for --{likely}s?", file=sys.stderr)
-
-
 class Monitor:
     """What a run shows while it trains, in TensorBoard and on the terminal; silent but in process 0."""
 
@@ -601,14 +577,14 @@ class Monitor:
             print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
         if valid_loss > guess:
             print(f"  worse than a guess ({guess:.2f} nats): choose a smaller --lr")
-        width = max(20, shutil.get_terminal_size().columns - 16)
         written = samples(model, "", self.run.options.seed + epoch)
         if len(written) + 1 < len(DECODERS):  # all but exact search
             print("  more samples come with questions 3, 6 and 7")
         for name, h in written.items():
             text = h.text + ("" if h.ended else " [cut]")
             self.writer.add_text(f"samples/{name}", textwrap.indent(text, "    "), step)  # a code block
-            print(f"  {name:12s}  {shortened(text, width)}")
+            first = f"  {name:12s}  "
+            print(textwrap.fill(printable(text), 79, initial_indent=first, subsequent_indent=" " * 16))
         self.writer.flush()
 
     def close(self) -> None:

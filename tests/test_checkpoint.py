@@ -198,7 +198,7 @@ def resumed_safely(run, checkpoint, path) -> None:
     found = here("tp5.py", "--resume", run, "--epochs", 2)
     if found.returncode:
         refused(found)
-        said = ("last.pt", "best.pt", "train anew", "another text", "as UTF-8 text")
+        said = ("last.pt", "best.pt", "train anew", "another text", "directory")
         assert any(words in found.stderr for words in said), (path, found.stderr)
     else:
         assert "going on after step" in found.stdout, (path, found.stdout)
@@ -222,7 +222,7 @@ def test_crafted_arguments(file, tmp_path, argument):
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["arguments"].append(argument)
     torch.save(checkpoint, tmp_path / "last.pt")
-    refused(here("tp5.py", "--resume", tmp_path), str(tmp_path) if argument != "--data=" else "as UTF-8 text")
+    refused(here("tp5.py", "--resume", tmp_path), str(tmp_path) if argument != "--data=" else "directory")
 
 
 @pytest.mark.slow
