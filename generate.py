@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 import textwrap
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from textloader import EOS_IX, LETTRES, PAD_IX, ArgumentParser, LabError, clean, code2string
-from textloader import codes_by_lettre, columns, find_checkpoint, guard, in_range, printable
+from textloader import find_checkpoint, guard, in_range, printable
 
 MAXLEN = 200
 BUDGET = 500_000  # prefixes that exact search reads before it gives up
@@ -106,7 +107,7 @@ def codes_of(text: str, lettres: str = LETTRES) -> list[int]:
     cleaned, _, dropped = clean(text, lettres)
     if dropped:
         raise LabError(f"the text has characters outside the alphabet: {' '.join(dropped)}")
-    return [codes_by_lettre(lettres)[char] for char in cleaned]
+    return [lettres.index(char) + 2 for char in cleaned]
 
 
 def reader(rnn, emb, decoder, eos: int, start: str):
@@ -487,11 +488,15 @@ def show_score(model, options) -> None:
     bits = -nats / math.log(2)
     print(f"  {nats.sum():.2f} nats, {bits.mean():.2f} bits per character; of each, with ■ for EOS:")
     shown = printable(options.start + text) + "■"
+
+    def width(char):  # of a terminal's columns a Chinese character takes two
+        return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
     digits = " " * len(options.start) + "".join(f"{min(bit, 9):.0f}" for bit in bits.tolist())
-    length = max(20, shutil.get_terminal_size().columns - 2) // columns(shown)  # of a line
+    length = max(20, shutil.get_terminal_size().columns - 2) // max(map(width, shown))  # of a line
     for i in range(0, len(shown), length):
         line = shown[i : i + length]
-        below = [digit.ljust(columns(char)) for char, digit in zip(line, digits[i:], strict=False)]
+        below = [digit.ljust(width(char)) for char, digit in zip(line, digits[i:], strict=False)]
         print(f"  {line}\n  {''.join(below)}")
 
 

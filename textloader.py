@@ -3,26 +3,19 @@
 text ─ clean ─▶ sentences ─ TextDataset ─▶ codes ─ BucketSampler, pad_collate_fn ─▶ (T, B) batches
 
 python textloader.py [PATH]     # the handout's example, then what a corpus holds
-
-An alphabet is a string: its symbols, in the order of their codes from 2 on. What the command lines of all
-three scripts share stands at the end.
 """
 
 import argparse
 import copy
 import hashlib
 import io
-import os
 import re
 import shlex
 import string
 import subprocess
 import sys
-import traceback
 import unicodedata
 from collections import Counter
-from contextlib import suppress
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,16 +29,14 @@ RUNS = Path(__file__).parent / "runs"
 # ---------------------------------------------------------------------------------------- symbols
 PAD_IX = 0  # BLANK: fills a batch up, is never learned nor predicted
 EOS_IX = 1  # opens and closes every sentence
-LETTRES = string.ascii_letters + string.punctuation + string.digits + " "
+LETTRES = string.ascii_letters + string.punctuation + string.digits + " "  # their codes: 2, 3, …
 id2lettre = {PAD_IX: "<PAD>", EOS_IX: "<EOS>", **dict(enumerate(LETTRES, start=2))}
 lettre2id = {lettre: code for code, lettre in id2lettre.items()}
 
 SIGNS = {"'": "‘’‚‛′´", '"': "“”„‟″«»", "-": "‐‑‒–−", "--": "—―", "...": "…"}
 TYPOGRAPHY = {sign: plain for plain, signs in SIGNS.items() for sign in signs}
-LETTERS = {"ae": "æ", "oe": "œ", "o": "ø", "l": "ł", "d": "đð", "th": "þ", "ss": "ß", "i": "ı"}
-CAPITALS = {"AE": "Æ", "OE": "Œ", "O": "Ø", "L": "Ł", "D": "ĐÐ", "Th": "Þ", "SS": "ẞ"}
-NOT_DECOMPOSED = {x: plain for plain, forms in (LETTERS | CAPITALS).items() for x in forms}  # by Unicode
-ASCII = re.compile("[ -~]+")  # all in LETTRES
+LETTERS = {"æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ß": "ss", "ı": "i"}
+NOT_DECOMPOSED = LETTERS | {x.upper(): plain.upper() for x, plain in LETTERS.items()}  # by Unicode
 FRENCH_QUOTES = re.compile(r"(?<![^\s('’])«\s+|(?<!\s)\s+»(?!\w)")  # with the spaces inside them: « non »
 CLOSING = "[\"')\\]}」』）】]*"
 SENTENCE_END = re.compile(f"(?:[.!?؟۔।]|(?<=[Ͱ-Ͽἀ-῾]);){CLOSING}(?= |$)|[。！？]{CLOSING}")  # ; is Greek's ?
@@ -56,35 +47,20 @@ class LabError(ValueError):
     """A mistake that the user can mend; its message is one line that says how."""
 
 
-@lru_cache
-def codes_by_lettre(lettres: str) -> dict[str, int]:
-    """The code of each symbol of an alphabet."""
-    return {lettre: code for code, lettre in enumerate(lettres, start=2)}
-
-
-def composed(text: str) -> str:
-    """`text` with each letter and its accents as one character where there is one (NFC)."""
-    # In pieces where a letter may have many marks, since normalising those takes quadratic time.
-    pieces = re.findall(r"\w*\W{0,100}", text) if re.search(r"[^\w\s]{100}", text) else [text]
-    return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
-
-
 def lettres_of(text: str) -> str:
     """The alphabet of a text: `LETTRES`, then what else it has at least five times, frequent ones first."""
-    counts = Counter(ASCII.sub("", composed(text)))
-    others = [char for char in counts if counts[char] >= 5 and char.isprintable() and char not in TYPOGRAPHY]
-    others.sort(key=lambda char: (-counts[char], char))
-    return LETTRES + "".join(others[:4000])  # each makes every step of training slower
+    counts = Counter(unicodedata.normalize("NFC", text))  # a letter and its accents are one character
+    new = [char for char in counts if char not in LETTRES and char not in TYPOGRAPHY and char.isprintable()]
+    often = sorted((char for char in new if counts[char] >= 5), key=lambda char: (-counts[char], char))
+    return LETTRES + "".join(often[:4000])  # each makes every step of training slower
 
 
 def folded(char: str, lettres: str) -> str:
     """What stands for `char` in `lettres`: its compatible form, that without accents (ß: ss), or ""."""
-    if char.isspace():
-        return " "
     base = [c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c)]
     plain = "".join(c if c in lettres else NOT_DECOMPOSED.get(c, c) for c in base)
     forms = [TYPOGRAPHY.get(char, char), unicodedata.normalize("NFKC", char), plain]
-    return next((form for form in forms if all(c in lettres for c in form)), "")
+    return next((form for form in forms if all(c in lettres for c in form)), " " if char.isspace() else "")
 
 
 def clean(text: str, lettres: str = LETTRES) -> tuple[str, Counter, Counter]:
@@ -92,16 +68,13 @@ def clean(text: str, lettres: str = LETTRES) -> tuple[str, Counter, Counter]:
 
     Returned with it are counts of the characters folded, but for typography and white space, and dropped.
     """
-    if "«" in text:
-        text = FRENCH_QUOTES.sub(lambda quote: quote[0].strip(), text)
-    text = composed(text)
-    counts = Counter(ASCII.sub("", text))
-    table = {char: folded(char, lettres) for char in counts if char not in codes_by_lettre(lettres)}
+    text = unicodedata.normalize("NFC", FRENCH_QUOTES.sub(lambda quote: quote[0].strip(), text))
+    counts = Counter(text)
+    table = {char: folded(char, lettres) for char in counts if char not in lettres}
     lost = [char for char in table if not char.isspace() and char not in TYPOGRAPHY]
     changed = Counter({char: counts[char] for char in lost if table[char]})
     dropped = Counter({char: counts[char] for char in lost if not table[char]})
-    replaced = f"[\0{re.escape(''.join(table))}]"  # ten times as fast as str.translate
-    return re.sub(replaced, lambda char: table[char[0]], text), changed, dropped
+    return text.translate(str.maketrans(table)), changed, dropped
 
 
 def normalize(s: str, lettres: str = LETTRES) -> str:
@@ -111,33 +84,25 @@ def normalize(s: str, lettres: str = LETTRES) -> str:
 
 def string2code(s: str, lettres: str = LETTRES) -> torch.Tensor:
     """Codes of `normalize(s)`: (length,) int64."""
-    codes = codes_by_lettre(lettres)
-    return torch.tensor([codes[char] for char in normalize(s, lettres)], dtype=torch.int64)
+    return torch.tensor([lettres.index(char) + 2 for char in normalize(s, lettres)], dtype=torch.int64)
 
 
 def code2string(codes, lettres: str = LETTRES) -> str:
     """The text of a tensor or list of codes; BLANK and EOS have no text."""
-    codes = codes.tolist() if isinstance(codes, torch.Tensor) else codes  # reading a tensor is slow
     return "".join(lettres[code - 2] for code in codes if code > EOS_IX)
 
 
 # -------------------------------------------------------------------------- sentences and batches
 def read_text(path) -> str:
-    """The text of a UTF-8 file; LabError where it is missing, empty, binary or not UTF-8."""
+    """The text of a UTF-8 file, without a byte-order mark; LabError if it is in another encoding."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")  # without a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
         raise LabError(f"cannot read {path} as UTF-8 text: {error}") from None
-    if "\0" in text or not text.strip():
-        raise LabError(f"{path} is empty or binary: give a text file")
-    return text
 
 
 def sentences_of(text: str) -> list[str]:
-    """The sentences of a clean text, and at last what stands after them.
-
-    None ends after an initial or a title, nor before a small letter.
-    """
+    """A text's sentences, then the rest; none ends after an initial or a title, nor before a small letter."""
     ends = [0]
     for end in SENTENCE_END.finditer(text):
         sign = end[0][0]
@@ -169,11 +134,9 @@ class TextDataset(Dataset):
             text, self.folded, self.dropped = clean(text, lettres)
             *examples, rest = sentences_of(re.sub("  +", " ", text))
         else:  # spaces stay as they are, but those at a line's end
-            text = "\n".join(text.replace("\t", " " * 4).splitlines())
-            text, self.folded, self.dropped = clean(text, lettres + "\n")
-            examples = [line.rstrip() for line in text.split("\n")]
-        if unit == "block":
-            examples = [block.strip("\n") for block in re.split("\n\n+", "\n".join(examples))]
+            text, self.folded, self.dropped = clean(text.replace("\t", " " * 4), lettres + "\n")
+            text = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+            examples = re.split("\n\n+", text) if unit == "block" else text.split("\n")
         examples = [example for example in examples if example]
         short = [example for example in examples if maxlen is None or len(example) <= maxlen]
         self.sentences = short[:maxsent]
@@ -189,8 +152,7 @@ class TextDataset(Dataset):
         return len(self.sentences)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        codes = codes_by_lettre(self.lettres)
-        return torch.tensor([codes[char] for char in self.sentences[i]])
+        return torch.tensor([self.lettres.index(char) + 2 for char in self.sentences[i]])
 
     def subset(self, indices) -> "TextDataset":
         """The sentences at `indices` as a dataset of their own."""
@@ -202,23 +164,31 @@ class TextDataset(Dataset):
     def left_out(self) -> str:
         """In words, what of the text is not in the sentences as it stood."""
         words = ", ".join(f"{count:,} {kind}" for kind, count in self.losses.items() if count) or "nothing"
-        return f"left out: {words}" + (f"; folded: {frequent(self.folded)}" if self.folded else "")
+        for what, counts in (("folded", self.folded), ("dropped", self.dropped)):
+            most = [f"{count:,} {printable(char)}" for char, count in counts.most_common(10)]
+            words += f"; {what}: {', '.join(most)}" if most else ""
+        return f"left out: {words}"
 
 
-def frequent(counts: Counter) -> str:
-    """The five most frequent characters of a count, in words."""
-    words = [f"{count:,} {printable(char)}" for char, count in counts.most_common(5)]
-    return ", ".join(words + ["…"] * (len(counts) > 5))
-
-
-def likely_unit(text: str) -> str:
-    """What a text seems to be made of: "line" or "block" where its lines are short and few end a sentence."""
-    lines = [line.strip() for line in text.strip()[:1_000_000].splitlines()]
-    full = [line for line in lines if line]
-    ended = sum(bool(re.search(f"[.!?؟۔।。！？]{CLOSING}$", line)) for line in full)
-    if np.median([len(line) for line in full]) > 50 or 3 * ended > len(full):
-        return "sentence"  # prose, wrapped or not
-    return "block" if len(lines) - len(full) > len(full) / 10 else "line"
+def describe(dataset: TextDataset, text: str, name: str) -> None:
+    """Print what a corpus holds and what of it is left out; LabError where it is too little to learn from."""
+    examples = f"{len(dataset):,} {dataset.unit}s"
+    held_out = len(dataset) // 10
+    if held_out == 0:
+        ways = "--lines and --blocks make other examples"
+        raise LabError(f"{name}: too little text, {examples} of 10; {ways}; {dataset.left_out()}")
+    print(f"{printable(name)}: {examples}, {len(dataset) - held_out:,} to train on, {held_out:,} to validate")
+    print(dataset.left_out())
+    if beyond := dataset.lettres[len(LETTRES) :]:
+        print(f"{len(beyond):,} symbols beyond ASCII: {printable(beyond[:50])}")
+    dropped = dataset.dropped.total() / len(text)
+    if len(dataset) < 1000 or dropped > 0.1:
+        little = f"little to learn from: {examples}, {dropped:.0%} of the text dropped"
+        print(f"warning: {little}; --init begins with a trained run", file=sys.stderr)
+    lengths = [len(line) for line in text.splitlines() if line.strip()]
+    ended = re.findall(rf"(?:{SENTENCE_END.pattern})\s*$", text, re.MULTILINE)
+    if dataset.unit == "sentence" and len(ended) < len(lengths) / 3 and np.median(lengths) <= 50:
+        print("warning: few lines end a sentence: are these --lines or --blocks?", file=sys.stderr)
 
 
 def pad_collate_fn(samples: list[torch.Tensor]) -> torch.Tensor:
@@ -231,10 +201,7 @@ def pad_collate_fn(samples: list[torch.Tensor]) -> torch.Tensor:
 
 
 class BucketSampler(Sampler):
-    """Batches of indices for `DataLoader(batch_sampler=…)`: sentences of like length together.
-
-    With `shuffle`, batches come in random order, other ones in each epoch (`set_epoch`), as `seed` says.
-    """
+    """Batches of indices for `DataLoader(batch_sampler=…)`: like lengths together, shuffled each epoch."""
 
     def __init__(self, lengths, batch_size: int, *, shuffle: bool = True, seed: int = 0):
         self.lengths = np.asarray(lengths)
@@ -272,13 +239,12 @@ class ArgumentParser(argparse.ArgumentParser):
 def in_range(kind, low, high):
     """An argparse type: an int or float from `low` to `high`."""
 
-    def parse(text: str):
-        with suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} from {low:,} to {high:,}")
+    def number(text: str):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not from {low:,} to {high:,}")
+        return kind(text)
 
-    return parse
+    return number
 
 
 def printable(text) -> str:
@@ -286,53 +252,32 @@ def printable(text) -> str:
     return "".join(char if char.isprintable() else "?" for char in str(text).replace("\n", "⏎"))
 
 
-def columns(text: str) -> int:
-    """How many columns of a terminal each character of `text` takes at most: Chinese ones take two."""
-    return max((1 + (unicodedata.east_asian_width(char) in "WF") for char in text), default=1)
-
-
-def shortened(text: str, width: int) -> str:
-    """`text` as one line of at most `width` columns of a terminal; … stands for what does not fit."""
-    fits = width // columns(text)
-    return printable(text if len(text) <= fits else text[: fits - 1] + "…")
-
-
 def checkpoints(run, name: str) -> list[Path]:
-    """The file `name` of a run, or of all runs in a folder; or that file itself."""
-    found = [Path(run), Path(run, name), *Path(run).glob(f"*/{name}"), *Path(run).glob(f"*/*/{name}")]
-    return sorted(file for file in found if file.is_file())
+    """The file `name` of a run, or of all runs in a folder; or `run` itself. LabError if there is none."""
+    folder = Path(run)
+    found = [folder, *(file for place in ("", "*/", "*/*/") for file in folder.glob(place + name))]
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise LabError(f"no {name} in {folder}: name a run, or train one with `python tp5.py --model lstm`")
+    return files
 
 
 def find_checkpoint(run: str | None, name: str) -> Path:
-    """The checkpoint `name` of a run; without `run` of the one saved last, else of the reference LSTM."""
-    folder = Path(run or RUNS)
-    found = [*folder.glob(f"*/{name}"), *folder.glob(f"*/*/{name}")]
-    files = sorted(file for file in found if file.is_file())
-    if run and (not files or Path(run, name).exists()):
-        return folder / name if folder.is_dir() else folder
-    if run:
-        raise LabError(f"{run} is a folder of runs: name {' or '.join(str(file.parent) for file in files)}")
-    reference = RUNS / "reference"
-    own = [file for file in files if reference not in file.parents]
-    newest = max(own, key=lambda file: file.stat().st_mtime, default=reference / "lstm" / name)
-    if not newest.exists():
-        raise LabError(f"no run in {RUNS} yet: train one first with `python tp5.py --model lstm`")
-    return newest
+    """The newest of `checkpoints`; without `run` in RUNS, where the reference LSTM counts last."""
+    files = checkpoints(run or RUNS, name)
+    own = [file for file in files if run or RUNS / "reference" not in file.parents]
+    return max(own, key=lambda file: file.stat().st_mtime, default=RUNS / "reference" / "lstm" / name)
 
 
 def say_next(*commands: list) -> None:
     """Print the next commands, each a list of words and paths, ready to be pasted."""
-    print("Next:")
-    for words in commands:
-        words = [word.absolute() if isinstance(word, Path) else word for word in words]
-        words = [printable(word).removeprefix(f"{Path.cwd()}{os.sep}") for word in words]
-        print("   ", subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words))
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    print("Next:", *(join([printable(word) for word in words]) for words in commands), sep="\n    ")
 
 
 def guard(main) -> None:
     """Call `main`; what a user can mend ends in one line on standard error and exit code 1."""
-    sys.stdout = sys.stdout or io.StringIO()  # where the shell has closed it
-    sys.stderr = sys.stderr or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()  # where the shell has closed it
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
@@ -341,9 +286,7 @@ def guard(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except NotImplementedError as error:  # in a handout: "question 6: generate_beam"
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        words = printable(error).replace(": ", " is not answered yet: ")
-        sys.exit(f"{words} in {Path(frame.filename).name}, line {frame.lineno}")
+        sys.exit(f"not answered yet: {printable(error)}")
     except (LabError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # nobody reads on: else Python's exit fails again
@@ -358,13 +301,7 @@ def main() -> None:
     print(f"The handout's example as a {batch.shape[0]} × {batch.shape[1]} batch:\n{batch}")
     print(f"and back: {[code2string(column) for column in batch.T]}\n")
     text = read_text(options.data)
-    dataset = TextDataset(text, lettres=lettres_of(text))
-    print(f"{printable(options.data)}: {len(dataset):,} sentences, {dataset.left_out()}")
-    print(f"alphabet: {printable(dataset.lettres)}")
-    for char, count in (dataset.folded + dataset.dropped).most_common(20):
-        form = folded(char, dataset.lettres)
-        name = unicodedata.name(char, f"U+{ord(char):04X}")
-        print(f"    {count:,} × {printable(char)} {name}: {f'folded to {form}' if form else 'dropped'}")
+    describe(TextDataset(text, lettres=lettres_of(text)), text, options.data)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import math
 import os
 import pickletools
 import re
-import shutil
 import sys
 import textwrap
 import time
@@ -36,8 +35,8 @@ from tqdm import tqdm
 from generate import DECODERS, codes_of, decode
 from generate import command_parser as decoder_parser
 from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, RUNS, ArgumentParser, BucketSampler, LabError
-from textloader import TextDataset, checkpoints, code2string, find_checkpoint, frequent, guard, in_range
-from textloader import lettres_of, likely_unit, pad_collate_fn, printable, read_text, say_next, shortened
+from textloader import TextDataset, checkpoints, code2string, describe, find_checkpoint, guard, in_range
+from textloader import lettres_of, pad_collate_fn, printable, read_text, say_next
 
 
 # ------------------------------------------------------------------------------------------- loss
@@ -489,29 +488,6 @@ def load(file: Path, **changes) -> Run:
 
 
 # ------------------------------------------------------------------------------------- monitoring
-def describe(dataset: TextDataset, text: str, name: str) -> None:
-    """Print what a corpus holds and what was left out; LabError where there is too little to learn from."""
-    lost = dataset.dropped.total() / len(text)
-    examples = f"{len(dataset):,} {dataset.unit}s"
-    held_out = len(dataset) // 10
-    beyond = dataset.lettres[len(LETTRES) :]
-    likely = likely_unit(text)
-    if lost > 0.5:
-        raise LabError(f"{name}: most characters are outside the alphabet: {frequent(dataset.dropped)}")
-    if held_out == 0:
-        ways = "an example is a sentence, or one of --lines or --blocks"
-        raise LabError(f"{name}: too little text, {examples} of 10 ({dataset.left_out()}); {ways}")
-    print(f"{printable(name)}: {examples}, {len(dataset) - held_out:,} to train on, {held_out:,} to validate")
-    print(textwrap.fill(printable(dataset.left_out()), 79, subsequent_indent="  "))
-    if beyond:
-        print(f"{len(beyond):,} symbols beyond ASCII: {shortened(beyond, 50)}")
-    if len(dataset) < 1000 or lost > 0.1:
-        little = f"little to learn from: {examples}, {lost:.0%} of the characters left out"
-        print(f"warning: {little}; --init RUN begins with a trained run", file=sys.stderr)
-    if dataset.unit == "sentence" and likely != "sentence":
-        print(f"warning: few lines end a sentence; is this a text for --{likely}s?", file=sys.stderr)
-
-
 class Monitor:
     """What a run shows while it trains, in TensorBoard and on the terminal; silent but in process 0."""
 
@@ -577,11 +553,11 @@ class Monitor:
         print(f"  {bits:.3f} bits per character, {progress.seconds:.1f} s of training")
         if progress.skipped:
             print(f"  {progress.skipped:,} steps skipped so far: their loss or gradient was not finite")
-        width = max(20, shutil.get_terminal_size().columns - 16)
         for name, h in samples(model, "", self.run.options.seed + epoch).items():
             text = h.text + ("" if h.ended else " [cut]")
             self.writer.add_text(f"samples/{name}", textwrap.indent(text, "    "), step)  # a code block
-            print(f"  {name:12s}  {shortened(text, width)}")
+            first = f"  {name:12s}  "
+            print(textwrap.fill(printable(text), 79, initial_indent=first, subsequent_indent=" " * 16))
         self.writer.flush()
 
     def close(self) -> None:
@@ -810,25 +786,16 @@ def look(text: str, resume: str | None = None, **changes) -> None:
 
 # -------------------------------------------------------------------------------------- comparing
 def load_runs(names: list, kind: str, **changes) -> dict[Path, Run]:
-    """The runs in some folders, each by its own folder; LabError if there is none, or they do not fit.
-
-    kind     the name of their checkpoints
-    changes  options that are changed, as in `load`
-    """
+    """Each run in some folders, from its checkpoint `kind`, by folder; LabError if their sentences differ."""
     files = {file.absolute() for name in names for file in checkpoints(name, kind)}
-    if not files:
-        raise LabError(
-            f"no {kind} of a run in {', '.join(map(str, names))}: train one with tp5.py --model all"
-        )
     runs = {file.parent: load(file, **changes) for file in sorted(files)}
     groups = {}
     for folder, run in runs.items():
         o = run.options
-        groups.setdefault((run.sha256, o.seed, o.maxlen, o.maxsent, o.lines, o.blocks), []).append(
-            folder.name
-        )
+        sentences = run.sha256, o.seed, o.maxlen, o.maxsent, o.lines, o.blocks
+        groups.setdefault(sentences, []).append(folder.name)
     if len(groups) > 1:
-        raise LabError(f"these runs are not of the same sentences: name one group, {[*groups.values()]}")
+        raise LabError(f"these runs are not on the same sentences: name one group, {[*groups.values()]}")
     return dict(sorted(runs.items(), key=lambda item: [*CELLS].index(item[1].options.model)))
 
 

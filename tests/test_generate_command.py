@@ -74,7 +74,7 @@ def test_printed_scores_are_those_of_a_full_pass(runs, options, model, count, wr
 def test_the_users_own_run_speaks_first(runs, tmp_path, monkeypatch):
     """Before the reference, even one touched later; without any, the command says what to do."""
     monkeypatch.setattr(textloader, "RUNS", tmp_path)
-    refused(here("generate.py"), "no run", "tp5.py --model lstm")
+    refused(here("generate.py"), "no best.pt", "tp5.py --model lstm")
     shutil.copytree(runs / "lstm", tmp_path / "reference" / "lstm")
     assert find_checkpoint(None, "best.pt") == tmp_path / "reference" / "lstm" / "best.pt"
     (tmp_path / "compare" / "rnn").mkdir(parents=True)
@@ -130,7 +130,7 @@ def test_exact_search_out_of_budget_says_how_far_it_may_be(written):
         ("--beam 0", "--beam: from 1"),
         ("--beam 2 --length-penalty -1", "--length-penalty: from 0 to 10"),
         ("--nucleus 1.1", "--nucleus: to 1"),
-        ("--nucleus nan", "--nucleus: no float"),
+        ("--nucleus nan", "--nucleus: to 1"),
         ("--top-k 0", "--top-k: from 1"),
         ("--temperature -1", "--temperature: from 0"),
         ("--exact --maxlen 100000000000", "--maxlen: 10000"),
@@ -163,7 +163,7 @@ def test_bad_options(arguments, words):
 
 
 def test_mistakes_end_in_one_line(runs):
-    refused(here("generate.py", "--checkpoint", "missing\x1b[31m.pt"), "cannot read", "such file")
+    refused(here("generate.py", "--checkpoint", "missing\x1b[31m.pt"), "no best.pt in missing?[31m.pt")
     refused(here("generate.py", "--checkpoint", "x" * 5000), "too long")
     refused(here("generate.py", "--checkpoint", __file__), "no checkpoint of this version")
     refused(here("generate.py", "--checkpoint", runs / "rnn", "--start", "中\x1b[31m"), "alphabet", "中")

@@ -128,11 +128,10 @@ def test_a_text_without_spaces_is_trained_and_compared(tmp_path):
     ("text", "words"),
     [
         ("Una. " * 9, ["too little text", "9 sentences", "10"]),
-        ("".join(map(chr, range(0x4E00, 0x5200))) + "。", ["most characters are outside the alphabet", "一"]),
-        ("\u200d\u202e" * 99 + "One. " * 12, ["most characters are outside the alphabet", "?"]),
+        ("".join(map(chr, range(0x4E00, 0x5200))) + "。", ["too little text", "dropped: 1 一"]),
         ("no end, nor a second line", ["too little text", "0 sentences", "25 characters after the last"]),
     ],
-    ids=["nine sentences", "each character once", "nothing to see", "no end"],
+    ids=["nine sentences", "each character once", "no end"],
 )
 def test_too_little_is_refused_in_one_line(tmp_path, text, words):
     refused(here("tp5.py", "--data", written(tmp_path / "a.txt", text), "--run", tmp_path / "run"), *words)
@@ -206,8 +205,7 @@ VERSES = sentences(ENGLISH, 99, ends=("", "", "", "?"))
 )
 def test_a_hint_where_lines_or_blocks_are_meant(tmp_path, capsys, text, hint):
     path = written(tmp_path / "a.txt", text)
-    hinted = re.findall("few lines end a sentence.*(--lines|--blocks)", told(capsys, path)[2])
-    assert hinted == ([hint] if hint else [])
+    assert told(capsys, path)[2].count("few lines end a sentence: are these --lines or --blocks?") == bool(hint)
     if hint:  # and no more once it is taken
         assert "few lines end" not in told(capsys, path, **{hint[2:]: True})[2]
 
