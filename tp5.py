@@ -235,12 +235,12 @@ def make_optimizers(model: CharModel, options) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, options.lr), adamw] if matrices else [adamw]
 
 
-def schedule(step: int, steps: int) -> float:
+def schedule(step: int, total_steps: int) -> float:
     """Factor on the learning rate: linear warm-up over 5 % of the steps, then half a cosine to 0."""
-    warmup = max(1, steps // 20)
+    warmup = max(1, total_steps // 20)
     if step < warmup:
         return (step + 1) / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
 
 
 # ----------------------------------------------------------------------------------------- corpus
@@ -394,7 +394,7 @@ def train(run: Run, folder: Path, train_set: TextDataset, valid_set: TextDataset
             nats, symbols, norm = train_step(run, batch, lr, mean_symbols, steps)
             progress.count(nats, symbols, norm)
             progress.seconds += time.perf_counter() - since
-            monitor.step(batch, lr, norm, steps)
+            monitor.after_step(batch, lr, norm, steps)
             progress.step += 1
             due = progress.seconds - saved_at >= (options.save_every or math.inf)
             if due and progress.step % epoch_steps:  # not between an epoch and its validation
@@ -406,7 +406,7 @@ def train(run: Run, folder: Path, train_set: TextDataset, valid_set: TextDataset
         progress.train_loss = progress.nats / max(progress.symbols, 1)
         progress.nats = 0.0
         progress.symbols = 0.0
-        monitor.epoch(epoch, valid_loss)
+        monitor.after_epoch(epoch, valid_loss)
         if valid_loss < progress.best_loss:
             progress.best_loss = valid_loss
             save(run, folder / "best.pt")
@@ -506,7 +506,7 @@ class Monitor:
         step = self.run.progress.step
         return self.writer is not None and every > 0 and (step % every == 0 or step == self.total_steps - 1)
 
-    def step(self, batch, lr: float, norm: float, steps: list | None) -> None:
+    def after_step(self, batch, lr: float, norm: float, steps: list | None) -> None:
         """Show a training step: its batch (T, B), learning rate, gradient's norm, states and gates."""
         progress = self.run.progress
         if steps and progress.skipped_in_a_row == 0:
@@ -537,7 +537,7 @@ class Monitor:
         for tag, value in values.items():
             self.writer.add_histogram(tag, value, self.run.progress.step, bins=64)
 
-    def epoch(self, epoch: int, valid_loss: float) -> None:
+    def after_epoch(self, epoch: int, valid_loss: float) -> None:
         """Show losses and samples at an epoch's end."""
         if self.writer is None:
             return

@@ -369,7 +369,7 @@ def record(corpora: list[Path]) -> None:
                     gates = [] if monitor.due(options.histograms_every) else None
                     found = tp5.train_step(watched, batch, options.lr, mean_symbols, gates)
                     run.progress.count(*found)
-                    monitor.step(batch, options.lr, found[-1], gates)
+                    monitor.after_step(batch, options.lr, found[-1], gates)
                     run.progress.step += 1
 
             return train
