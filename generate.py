@@ -585,11 +585,12 @@ def main() -> None:
     file = find_checkpoint(options.checkpoint, "best.pt")
     from tp5 import load  # tp5 imports this file
 
-    model = load(file, device="cpu").model
+    run = load(file, device="cpu")
+    model = run.model
     start = code2string(codes_of(options.start, model.emb.lettres), model.emb.lettres)
     options = argparse.Namespace(**vars(options) | {"start": start})
     if not options.plain:
-        print(printable(f"{file}: {model.cell}, start {start!r}, seed {options.seed}"))
+        print(printable(f"{file}: {run.options.model}, start {start!r}, seed {options.seed}"))
     if decoder == "score":
         show_score(model, options)
     elif decoder:

@@ -131,7 +131,7 @@ class TextDataset(Dataset):
         self.lettres = lettres + "\n" if unit == "block" and "\n" not in lettres else lettres
         rest = ""
         if unit == "sentence":
-            text, self.folded, self.dropped = clean(text, lettres)
+            text, self.folded, self.dropped = clean(text, lettres.replace("\n", ""))
             *examples, rest = sentences_of(re.sub("  +", " ", text))
         else:  # spaces stay as they are, but those at a line's end
             text, self.folded, self.dropped = clean(text.replace("\t", " " * 4), lettres + "\n")
@@ -252,9 +252,12 @@ def printable(text) -> str:
     return "".join(char if char.isprintable() else "?" for char in str(text).replace("\n", "⏎"))
 
 
-def checkpoints(run, name: str) -> list[Path]:
-    """The file `name` of a run, or of all runs in a folder; or `run` itself. LabError if there is none."""
-    folder = Path(run)
+def checkpoints(folder, name: str) -> list[Path]:
+    """The file `name` of a run, or of all runs in a folder; or `folder` itself, if it is a file.
+
+    Raises LabError if there is none.
+    """
+    folder = Path(folder)
     found = [folder, *(file for place in ("", "*/", "*/*/") for file in folder.glob(place + name))]
     files = sorted(file for file in found if file.is_file())
     if not files:
@@ -263,7 +266,7 @@ def checkpoints(run, name: str) -> list[Path]:
 
 
 def find_checkpoint(run: str | None, name: str) -> Path:
-    """The newest of `checkpoints`; without `run` in RUNS, where the reference LSTM counts last."""
+    """The newest of `checkpoints`. Without `run`: of RUNS, the reference LSTM only if there is no other."""
     files = checkpoints(run or RUNS, name)
     own = [file for file in files if run or RUNS / "reference" not in file.parents]
     return max(own, key=lambda file: file.stat().st_mtime, default=RUNS / "reference" / "lstm" / name)

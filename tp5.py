@@ -71,7 +71,7 @@ class Cell(nn.Module):
         for gate in self.input_weight.chunk(len(self.gates)):
             nn.init.xavier_uniform_(gate)
         for gate in self.hidden_weight.chunk(len(self.gates)):
-            nn.init.orthogonal_(gate)  # keeps the norm of h, and of gradients
+            nn.init.orthogonal_(gate)  # W_h·h is as long as h: so are gradients, on the way back
 
     def project(self, x):
         """W_x·x + b of every gate: (…, E) → (…, G·H)."""
@@ -81,24 +81,24 @@ class Cell(nn.Module):
         """From `projected` (B, G·H) and the states (B, H): the new states, and gates to look at, by name."""
         raise NotImplementedError(f"this cell: {type(self).__name__}.one_step")
 
-    def unroll(self, projected, states=None, steps: list | None = None):
+    def unroll(self, projected, states=None, trace: list | None = None):
         """All time steps: projected (T, B, G·H) → every h (T, B, H), and the states after the last step.
 
-        `states` is a tuple of (B, H), None: zeros; the list `steps` gets what each `one_step` returns.
+        `states` is a tuple of (B, H), None: zeros; the list `trace` gets what each `one_step` returns.
         """
         if states is None:
             states = (projected.new_zeros(projected.shape[1], self.hidden_size),) * len(self.states)
         output = []
         for projected_t in projected.unbind():
-            step = self.one_step(projected_t, *states)
-            states = tuple(step[name] for name in self.states)
-            output.append(step["h"])
-            if steps is not None:
-                steps.append(step)
+            values = self.one_step(projected_t, *states)
+            states = tuple(values[name] for name in self.states)
+            output.append(values["h"])
+            if trace is not None:
+                trace.append(values)
         return torch.stack(output), states
 
     def forward(self, x, states=None):
-        """Called like `torch.nn`'s cells: x (T, B, E) → output (T, B, H), and the states after it."""
+        """Called like `torch.nn.LSTM`: x (T, B, E) → output (T, B, H), and the states after it."""
         return self.unroll(self.project(x), states)
 
 
@@ -171,17 +171,16 @@ class CharModel(nn.Module):
 
     def __init__(self, cell: str, embedding_size: int, hidden_size: int, lettres: str = LETTRES):
         super().__init__()
-        self.cell = cell  # its name
         self.emb = nn.Embedding(len(lettres) + 2, embedding_size)  # BLANK and EOS, too
         self.emb.lettres = lettres  # for the decoders
         self.rnn = CELLS[cell](embedding_size, hidden_size)
         self.decoder = nn.Linear(hidden_size, len(lettres) + 2)
 
-    def forward(self, targets, steps: list | None = None):
-        """Targets (T, B), each sentence closed by EOS → logits (T, B, V) of them; `steps` as in `unroll`."""
+    def forward(self, targets, trace: list | None = None):
+        """Targets (T, B), each sentence closed by EOS → logits (T, B, V) of each, given those before it."""
         inputs = F.pad(targets[:-1], (0, 0, 1, 0), value=EOS_IX)  # EOS opens
         table = self.rnn.project(self.emb.weight)  # (V, G·H): a look-up in it is project(emb(inputs))
-        output, _ = self.rnn.unroll(F.embedding(inputs, table), steps=steps)  # (T, B, H)
+        output, _ = self.rnn.unroll(F.embedding(inputs, table), trace=trace)  # (T, B, H)
         return self.decoder(output)
 
 
@@ -228,11 +227,13 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: CharModel, options) -> list[torch.optim.Optimizer]:
     """Muon for the cell's two matrices and AdamW for all else; or AdamW for everything."""
-    matrices = [model.rnn.input_weight, model.rnn.hidden_weight] if options.optimizer == "muon" else []
-    others = [parameter for parameter in model.parameters() if parameter not in {*matrices}]
-    # A short memory of squared gradients, 0.95: over few epochs, ahead of Adam's usual 0.999.
-    adamw = torch.optim.AdamW(others, options.lr, betas=(0.9, 0.95))
-    return [Muon(matrices, options.lr), adamw] if matrices else [adamw]
+    betas = (0.9, 0.95)  # a short memory of squared gradients: over few epochs, ahead of Adam's usual 0.999
+    if options.optimizer == "adamw":
+        return [torch.optim.AdamW(model.parameters(), options.lr, betas)]
+    matrices = [model.rnn.input_weight, model.rnn.hidden_weight]
+    names = ("rnn.input_weight", "rnn.hidden_weight")
+    others = [parameter for name, parameter in model.named_parameters() if name not in names]
+    return [Muon(matrices, options.lr), torch.optim.AdamW(others, options.lr, betas)]
 
 
 def schedule(step: int, total_steps: int) -> float:
@@ -240,16 +241,16 @@ def schedule(step: int, total_steps: int) -> float:
     warmup = max(1, total_steps // 20)
     if step < warmup:
         return (step + 1) / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
+    return (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
 
 
 # ----------------------------------------------------------------------------------------- corpus
-# torchrun starts WORLD processes, each for its shard of every batch; number 0 alone prints and writes.
+# torchrun starts WORLD processes, each for its shard of every batch; number 0 alone shows and saves.
 RANK = int(os.environ.get("RANK") or 0)
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def all_reduce(*numbers: float) -> list[float]:
+def sum_over_processes(*numbers: float) -> list[float]:
     """Each number's sum over all processes."""
     sums = torch.tensor(numbers, dtype=torch.float64)
     if WORLD > 1:
@@ -317,7 +318,7 @@ class Run:
     """A model and its training, at whatever step: what a checkpoint holds, and all that going on needs."""
 
     options: argparse.Namespace  # of the command line
-    batch_size: int  # sentences in a batch, of all processes together
+    global_batch_size: int  # sentences, of all processes together
     sha256: str  # of the corpus
     model: CharModel
     optimizers: list[torch.optim.Optimizer]
@@ -328,29 +329,31 @@ def new_run(options, corpus: TextDataset) -> Run:
     """A run before its first step; the seed makes its weights, or they are those of the run `--init`."""
     torch.manual_seed(options.seed)
     model = CharModel(options.model, options.embedding, options.hidden, corpus.lettres)
-    model.rnn.hidden_weight.data *= options.recurrent_scale
     if options.init:
         model.load_state_dict(load(Path(options.init), device="cpu").model.state_dict())
     model.to(options.device)
     return Run(options, options.batch_size * WORLD, corpus.sha256, model, make_optimizers(model, options))
 
 
-def train_step(run: Run, batch, lr: float, mean_symbols: float, steps: list | None = None):
-    """One batch (T, B): forward, backward, clip, step. Returns its nats, its symbols, its gradient's norm.
-
-    mean_symbols  of a batch: the loss is weighed by it, so that each symbol counts alike, in any batch
-    steps         a list that gets the cell's states and gates
-    """
+def nats_of(model, batch, trace: list | None = None):
+    """The loss of a batch (T, B) in nats, summed over its symbols, and how many these are."""
     symbols = (batch != PAD_IX).sum()
-    loss = maskedCrossEntropy(run.model(batch, steps), batch, PAD_IX)
-    nats = loss * symbols
+    return maskedCrossEntropy(model(batch, trace), batch, PAD_IX) * symbols, symbols
+
+
+def train_step(run: Run, batch, lr: float, mean_symbols: float, trace: list | None = None):
+    """One batch: forward, backward, clip, step. Returns its nats, its symbols, its gradient's norm.
+
+    The loss is divided by the `mean_symbols` of a batch: each symbol counts alike, in any batch.
+    """
+    nats, symbols = nats_of(run.model, batch, trace)
     run.model.zero_grad()
     (nats / mean_symbols).backward()
     if WORLD > 1:
         for parameter in run.model.parameters():
             distributed.all_reduce(parameter.grad)  # the sum over all processes
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip or math.inf).item()
-    nats, symbols = all_reduce(nats.item(), symbols.item())
+    nats, symbols = sum_over_processes(nats.item(), symbols.item())
     if math.isfinite(nats + norm):  # else nothing is learned
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
@@ -366,12 +369,11 @@ def evaluate(model, loader, device) -> float:
     nats = 0.0
     symbols = 0
     for batch in loader:
-        count = int((batch != PAD_IX).sum())
-        batch = batch.to(device)
-        nats += maskedCrossEntropy(model(batch), batch, PAD_IX).item() * count
-        symbols += count
+        of_batch = nats_of(model, batch.to(device))
+        nats += of_batch[0].item()
+        symbols += of_batch[1].item()
     model.train()
-    nats, symbols = all_reduce(nats, symbols)
+    nats, symbols = sum_over_processes(nats, symbols)
     return nats / symbols
 
 
@@ -379,28 +381,28 @@ def train(run: Run, folder: Path, train_set: TextDataset, valid_set: TextDataset
     """Go on with a run, from wherever it stands to the last step of its last epoch; save it in `folder`."""
     options = run.options
     progress = run.progress
-    epoch_steps = math.ceil(len(train_set) / run.batch_size)
+    epoch_steps = math.ceil(len(train_set) / run.global_batch_size)
     total_steps = options.epochs * epoch_steps
     mean_symbols = (train_set.lengths + 1).sum().item() / epoch_steps  # EOS included
     monitor = Monitor(run, folder, epoch_steps, total_steps)
     saved_at = progress.seconds
     while progress.step < total_steps:
         epoch, first = divmod(progress.step, epoch_steps)
-        for batch in batches(train_set, run.batch_size, seed=options.seed, epoch=epoch, first=first):
+        for batch in batches(train_set, run.global_batch_size, seed=options.seed, epoch=epoch, first=first):
             since = time.perf_counter()
             batch = batch.to(options.device)
             lr = options.lr * schedule(progress.step, total_steps)
-            steps = [] if monitor.due(options.histograms_every) else None
-            nats, symbols, norm = train_step(run, batch, lr, mean_symbols, steps)
+            trace = [] if monitor.due(options.histograms_every) else None
+            nats, symbols, norm = train_step(run, batch, lr, mean_symbols, trace)
             progress.count(nats, symbols, norm)
             progress.seconds += time.perf_counter() - since
-            monitor.after_step(batch, lr, norm, steps)
+            monitor.after_step(batch, lr, norm, trace)
             progress.step += 1
             due = progress.seconds - saved_at >= (options.save_every or math.inf)
             if due and progress.step % epoch_steps:  # not between an epoch and its validation
                 save(run, folder / "last.pt")
                 saved_at = progress.seconds
-        valid_loss = evaluate(run.model, batches(valid_set, run.batch_size), options.device)
+        valid_loss = evaluate(run.model, batches(valid_set, run.global_batch_size), options.device)
         if not math.isfinite(valid_loss):  # the last good checkpoint stays
             raise LabError("the validation loss is not finite: train anew with a smaller --lr")
         progress.train_loss = progress.nats / max(progress.symbols, 1)
@@ -431,7 +433,7 @@ def save(run: Run, file: Path) -> None:
         "format": FORMAT,
         "alphabet": run.model.emb.lettres,
         "options": vars(run.options),
-        "batch_size": run.batch_size,
+        "global_batch_size": run.global_batch_size,
         "sha256": run.sha256,
         "weights": run.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
@@ -484,7 +486,7 @@ def load(file: Path, **changes) -> Run:
     for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     progress = Progress(**checkpoint["progress"])
-    return Run(options, checkpoint["batch_size"], checkpoint["sha256"], model, optimizers, progress)
+    return Run(options, checkpoint["global_batch_size"], checkpoint["sha256"], model, optimizers, progress)
 
 
 # ------------------------------------------------------------------------------------- monitoring
@@ -495,8 +497,8 @@ class Monitor:
         self.run = run
         self.epoch_steps = epoch_steps
         self.total_steps = total_steps
-        parameters = f"{size(run.model):,} parameters"
-        print(f"{run.model.cell}, {parameters}, {total_steps:,} steps, in {printable(folder)}")
+        parameters = f"{parameter_count(run.model):,} parameters"
+        print(f"{run.options.model}, {parameters}, {total_steps:,} steps, in {printable(folder)}")
         self.writer = None if RANK else event_writer(folder, purge_step=run.progress.step)
         hidden = True if RANK else None  # None: unless on a terminal
         self.bar = tqdm(total=total_steps, initial=run.progress.step, leave=False, disable=hidden)
@@ -506,11 +508,11 @@ class Monitor:
         step = self.run.progress.step
         return self.writer is not None and every > 0 and (step % every == 0 or step == self.total_steps - 1)
 
-    def after_step(self, batch, lr: float, norm: float, steps: list | None) -> None:
+    def after_step(self, batch, lr: float, norm: float, trace: list | None) -> None:
         """Show a training step: its batch (T, B), learning rate, gradient's norm, states and gates."""
         progress = self.run.progress
-        if steps and progress.skipped_in_a_row == 0:
-            self.histograms(batch != PAD_IX, steps)
+        if trace and progress.skipped_in_a_row == 0:
+            self.histograms(batch != PAD_IX, trace)
         if self.due(self.run.options.scalars_every) and progress.recent_symbols:
             loss = progress.recent_nats / progress.recent_symbols
             self.writer.add_scalar("1_loss/train", loss, progress.step)
@@ -524,13 +526,13 @@ class Monitor:
         self.bar.set_postfix_str(f"epoch {epoch}, {loss:.3f} nats", refresh=False)
         self.bar.update()
 
-    def histograms(self, real, steps: list) -> None:
+    def histograms(self, real, trace: list) -> None:
         """Every gate and state where `real` (T, B) is true, every gradient's magnitude, every parameter."""
         model = self.run.model
         values = {}
-        for number, name in enumerate(steps[0], start=1):
-            gate = torch.stack([step[name] for step in steps])  # (T, B, H)
-            values[f"4_gates/{model.cell}_{number}_{name}"] = gate[real]
+        for number, name in enumerate(trace[0], start=1):
+            gate = torch.stack([at_t[name] for at_t in trace])  # (T, B, H)
+            values[f"4_gates/{self.run.options.model}_{number}_{name}"] = gate[real]
         for number, (name, parameter) in enumerate(model.named_parameters(), start=1):
             values[f"5_gradients/log10_{number}_{name}"] = parameter.grad.abs().clamp(min=1e-12).log10()
             values[f"6_parameters/{number}_{name}"] = parameter
@@ -546,7 +548,6 @@ class Monitor:
         step = progress.step - 1
         bits = valid_loss / math.log(2)
         self.writer.add_scalar("1_loss/validation", valid_loss, step)
-        self.writer.add_scalar("7_training/validation_bits_per_character", bits, step)
         self.bar.clear()
         losses = f"training {progress.train_loss:.3f} nats, validation {valid_loss:.3f} nats"
         print(f"epoch {epoch + 1}/{self.run.options.epochs}: {losses}")
@@ -566,7 +567,7 @@ class Monitor:
             self.writer.close()
 
 
-def size(model) -> int:
+def parameter_count(model) -> int:
     """The number of its parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -627,7 +628,7 @@ def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
     """How far back a loss reaches: ‖∂loss_t/∂s_{t−k}‖ for each state s and k = 0 … lags, mean over sentences.
 
     Of each sentence in batch (T, B) longer than `lags`, one symbol t is drawn and only its loss counts: one
-    backward pass then gives all gradients. Returns state → (lags + 1,), less where half of them are short.
+    backward pass then gives all gradients. Returns state → (lags + 1,), less if the median sentence is short.
     """
     lengths = (batch != PAD_IX).sum(0)
     lags = min(lags, int(lengths.median()) - 1)
@@ -636,12 +637,12 @@ def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
     draw = torch.rand(len(lengths), generator=torch.Generator().manual_seed(0))
     t = lags + (draw * (lengths - lags)).long()
     b = torch.arange(len(lengths))
-    steps = []
-    logits = model(batch, steps)
+    trace = []
+    logits = model(batch, trace)
     loss = F.cross_entropy(logits[t, b], batch[t, b], reduction="sum")
     flow = {}
     for name in model.rnn.states:
-        states = [step[name] for step in steps]
+        states = [values[name] for values in trace]
         slopes = torch.autograd.grad(loss, states, retain_graph=True, materialize_grads=True)
         norms = torch.stack(slopes).norm(dim=-1)  # (T, B)
         flow[name] = norms.gather(0, t - torch.arange(lags + 1)[:, None]).mean(1)
@@ -649,7 +650,7 @@ def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
 
 
 def both_flows(run: Run, valid_set) -> dict[str, dict]:
-    """A model's gradient flow over 64 validation sentences, long ones first, "at_start" and "trained"."""
+    """A model's gradient flow "at_start" and "trained", over 64 validation sentences, long ones first."""
     order = np.argsort(-np.minimum(valid_set.lengths, LAGS), kind="stable")
     batch = pad_collate_fn([valid_set[i] for i in order[:64]])
     start = new_run(run.options, valid_set).model
@@ -674,11 +675,11 @@ def named_units(model, loader, least: float = 0.5) -> list[Unit]:
     known = []
     seen = {}
     for batch in loader:
-        steps = []
-        model(batch, steps)
+        trace = []
+        model(batch, trace)
         known += [features(code2string(codes, model.emb.lettres)) for codes in batch.T.tolist()]
-        for gate in steps[0]:
-            values = torch.stack([step[gate] for step in steps], 1)  # (B, T, H)
+        for gate in trace[0]:
+            values = torch.stack([at_t[gate] for at_t in trace], 1)  # (B, T, H)
             seen.setdefault(gate, []).append(values[(batch != PAD_IX).T])  # (real symbols, H), by sentence
     known = torch.cat(known, 1)  # (features, symbols)
     units = []
@@ -714,8 +715,8 @@ def picture(model, units: list[Unit], text: str, columns: int = 28):
 
     A character's colour is the unit's value after it was read: blue is negative, white 0, red positive.
     """
-    steps = []
-    model(pad_collate_fn([torch.tensor(codes_of(text, model.emb.lettres))]), steps)
+    trace = []
+    model(pad_collate_fn([torch.tensor(codes_of(text, model.emb.lettres))]), trace)
     names = [f"{unit.gate} {unit.row}: {unit.feature}, r {unit.r:.2f}" for unit in units]
     text = printable(text)
     width = 22  # of a character's box, pixels
@@ -729,7 +730,7 @@ def picture(model, units: list[Unit], text: str, columns: int = 28):
     for i, unit in enumerate(units):
         top = height * rows * i
         draw.text((0, top + height / 2), names[i], "black", anchor="lm")
-        values = torch.cat([step[unit.gate][:, unit.row] for step in steps[1:]])
+        values = torch.cat([at_t[unit.gate][:, unit.row] for at_t in trace[1:]])
         values = values / values.abs().max().clamp(min=1)
         for char, (column, row), value in zip(text, places, values.tolist(), strict=True):
             x = width * column
@@ -743,12 +744,14 @@ def picture(model, units: list[Unit], text: str, columns: int = 28):
 
 def show_units(run: Run, valid_set, writer, tag: str, texts: list[str]) -> str:
     """Print the named units of a run's model as a table, and write their pictures on `texts`; the table."""
-    some = np.random.default_rng(0).permutation(len(valid_set))  # all gates of 50,000 characters take 300 MB
-    some = some[valid_set.lengths[some].cumsum() < 50_000] if len(some) > 1 else some
-    units = named_units(run.model, batches(valid_set.subset(some), 16))
+    drawn = np.random.default_rng(0).permutation(len(valid_set))
+    drawn = drawn[valid_set.lengths[drawn].cumsum() < 50_000]  # all gates of 50,000 characters take 300 MB
+    some = valid_set.subset(drawn)
+    sampler = BucketSampler(some.lengths, 16, shuffle=False)
+    units = named_units(run.model, DataLoader(some, batch_sampler=sampler, collate_fn=pad_collate_fn))
     rows = [{"unit": f"{u.gate} {u.row}", "follows": u.feature, "correlation": u.r} for u in units]
     named = table(rows) if rows else "none"
-    print(f"Units of this {run.model.cell} that follow the text:\n{named}")
+    print(f"Units of this {run.options.model} that follow the text:\n{named}")
     for i, text in enumerate(texts):
         writer.add_image(tag, picture(run.model, units, text), i, dataformats="HWC")
     return named
@@ -758,9 +761,9 @@ def look_inside(folder: Path, valid_set) -> None:
     """Show what the best model of a run does: its units on three sentences, its gradient flow."""
     run = load(folder / "best.pt", device="cpu")
     flows = both_flows(run, valid_set)
-    near_40 = sorted(valid_set.sentences, key=lambda sentence: abs(len(sentence) - 40))
+    near_40 = sorted(valid_set.sentences, key=lambda sentence: abs(len(sentence) - 40))[:3]
     with rewrite_events(folder, "on_text") as writer:
-        writer.add_text("units", show_units(run, valid_set, writer, "3_units/on_text", near_40[:3]))
+        writer.add_text("units", show_units(run, valid_set, writer, "3_units/on_text", near_40))
         kinds = [(state, when) for state in run.model.rnn.states for when in ("trained", "at_start")]
         for number, (state, when) in enumerate(kinds, start=1):
             for lag, norm in enumerate(flows[when][state].clamp(min=1e-30).log10().tolist()):
@@ -785,14 +788,14 @@ def look(text: str, resume: str | None = None, **changes) -> None:
 
 
 # -------------------------------------------------------------------------------------- comparing
-def load_runs(names: list, kind: str, **changes) -> dict[Path, Run]:
-    """Each run in some folders, from its checkpoint `kind`, by folder; LabError if their sentences differ."""
-    files = {file.absolute() for name in names for file in checkpoints(name, kind)}
+def load_runs(folders: list, file_name: str, **changes) -> dict[Path, Run]:
+    """Each run in some folders, by its own folder; LabError if they are not on the same sentences."""
+    files = {file.absolute() for folder in folders for file in checkpoints(folder, file_name)}
     runs = {file.parent: load(file, **changes) for file in sorted(files)}
     groups = {}
     for folder, run in runs.items():
         o = run.options
-        sentences = run.sha256, o.seed, o.maxlen, o.maxsent, o.lines, o.blocks
+        sentences = run.sha256, run.model.emb.lettres, o.seed, o.maxlen, o.maxsent, o.lines, o.blocks
         groups.setdefault(sentences, []).append(folder.name)
     if len(groups) > 1:
         raise LabError(f"these runs are not on the same sentences: name one group, {[*groups.values()]}")
@@ -800,13 +803,13 @@ def load_runs(names: list, kind: str, **changes) -> dict[Path, Run]:
 
 
 def loss_table(runs: dict[str, Run]) -> str:
-    """Parameters, seconds, losses of each run."""
+    """Of each run its parameters, the seconds to its best epoch, and the losses there."""
     rows = []
     for name, run in runs.items():
         best = run.progress.best_loss
-        row = {"run": name, "parameters": f"{size(run.model):,}", "seconds": round(run.progress.seconds)}
-        row |= {"training": f"{run.progress.train_loss:.3f}", "validation": f"{best:.3f}"}
-        rows.append(row | {"bits": f"{best / math.log(2):.3f}"})
+        row = {"run": name, "parameters": f"{parameter_count(run.model):,}"}
+        row |= {"seconds": round(run.progress.seconds), "training": f"{run.progress.train_loss:.3f}"}
+        rows.append(row | {"validation": f"{best:.3f}", "bits": f"{best / math.log(2):.3f}"})
     return table(rows)
 
 
@@ -821,30 +824,17 @@ def flow_table(runs: dict[str, Run], valid_set: TextDataset) -> str:
     return table(rows)
 
 
-def first_sentences(runs: dict[str, Run]) -> str:
-    """What each decoder of each run writes without a start."""
-    lines = []
-    for name, run in runs.items():
-        for decoder, hypothesis in samples(run.model, "", run.options.seed).items():
-            parts = [textwrap.fill(line, 72) for line in hypothesis.text.split("\n")]
-            lines += [f"    {name}, {decoder}:", textwrap.indent("\n".join(parts), " " * 8)]
-    return "\n".join(lines)
-
-
 def compare(names: list, **changes) -> None:
-    """The runs side by side: losses, gradient flow, what their decoders write."""
+    """The runs side by side: their losses and gradient flow, printed and in comparison/ of their folder."""
     by_folder = load_runs(names, "best.pt", device="cpu", **changes)
     runs = {folder.name: run for folder, run in by_folder.items()}
     if len(runs) < len(by_folder):
-        runs = {f"{folder.parent.name}/{folder.name}": run for folder, run in by_folder.items()}
+        runs = {str(folder): run for folder, run in by_folder.items()}
     run = next(iter(runs.values()))
     _, valid_set = load_corpus(run.options, run.model.emb.lettres, run.sha256)
-    parts = {
-        "Loss, in nats per symbol, and validation loss in bits": loss_table(runs),
-        "Norm of the gradient, by how many characters it goes back": flow_table(runs, valid_set),
-        "What they write without a start": first_sentences(runs),
-    }
-    text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items())
+    losses = f"## Loss, in nats per symbol, and validation loss in bits\n\n{loss_table(runs)}"
+    flows = flow_table(runs, valid_set)
+    text = f"{losses}\n\n## Norm of the gradient, by how many characters it goes back\n\n{flows}"
     print(f"\n{text}")
     top = Path(names[0]).absolute()
     folder = (top if len(names) == 1 else top.parent) / "comparison"
@@ -885,7 +875,6 @@ def command_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of the cell's matrices (%(default)s)")
     add("--lr", type=positive, metavar="RATE", help=f"peak rate (muon {LR['muon']}, adamw {LR['adamw']})")
     add("--clip", type=positive, default=1.0, metavar="NORM", help="clip gradients (%(default)s; 0: never)")
-    add("--recurrent-scale", type=positive, default=1.0, metavar="X", help="times initial W_h (%(default)s)")
     add("--seed", type=whole, default=0, help="of the split, the weights, the shuffling (%(default)s)")
     add("--maxlen", type=many, default=2000, metavar="N", help="longest sentence; costs memory (%(default)s)")
     add("--maxsent", type=in_range(int, 2, 10**9), metavar="N", help="use the first N sentences only")
@@ -902,12 +891,8 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def run_options(given: dict) -> argparse.Namespace:
-    """All options of a run: `given`, then those that the run `--init` has, then the defaults."""
-    options = vars(command_parser().parse_args([]))
-    if "init" in given:
-        begun = load(Path(given["init"]), device="cpu").options
-        options |= {"model": begun.model, "embedding": begun.embedding, "hidden": begun.hidden, "lr": INIT_LR}
-    options |= given
+    """All options of a run: `given`, and defaults."""
+    options = vars(command_parser().parse_args([])) | given
     if options["lr"] is None:
         options["lr"] = LR[options["optimizer"]]
     if options["batch_size"] is None:
@@ -936,11 +921,15 @@ def train_new(given: dict) -> None:
     lettres = None
     if "init" in given:
         file = find_checkpoint(given["init"], "best.pt").absolute()
-        lettres = load(file, device="cpu").model.emb.lettres
-        given = given | {"init": str(file)}
+        begun = load(file, device="cpu")
+        lettres = begun.model.emb.lettres
+        sizes = {"embedding": begun.options.embedding, "hidden": begun.options.hidden}
+        given = {"lr": INIT_LR, **given, **sizes, "model": [begun.options.model], "init": str(file)}
     options = run_options(given)
     models = given.get("model", [options.model])
     models = [*CELLS] if "all" in models else models
+    if options.blocks and lettres and "\n" not in lettres:
+        raise LabError("--blocks --init: the run to begin with must know line ends, as those of --blocks do")
     train_set, valid_set = load_corpus(options, lettres)
     top = new_folder(options.run, models)
     runs = {}
@@ -960,7 +949,7 @@ def resume(name: str, **changes) -> None:
     run = next(iter(runs.values()))
     train_set, valid_set = load_corpus(run.options, run.model.emb.lettres, run.sha256)
     for folder, run in runs.items():
-        print(f"{run.model.cell}: going on after step {run.progress.step:,}")
+        print(f"{run.options.model}: going on after step {run.progress.step:,}")
         if changes:
             save(run, folder / "last.pt")  # so that they hold when it is resumed again
     finish(runs, top, train_set, valid_set)
@@ -992,7 +981,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
-def beside(parser, given: dict, mode: str, *allowed: str) -> dict:
+def given_beside(parser, given: dict, mode: str, *allowed: str) -> dict:
     """The options given beside `mode`; argparse's error where one is not `allowed` with it."""
     options = {name: value for name, value in given.items() if name != mode}
     for name in options:
@@ -1004,10 +993,11 @@ def beside(parser, given: dict, mode: str, *allowed: str) -> dict:
 def main() -> None:
     parser = command_parser()
     unset = dict.fromkeys(vars(parser.parse_args([])))
-    options = parser.parse_args(namespace=argparse.Namespace(**unset))  # without defaults
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    if "init" in given:
-        beside(parser, given, "init", *unset.keys() - {"model", "embedding", "hidden"})
+    options = vars(parser.parse_args(namespace=argparse.Namespace(**unset)))  # None where a default holds
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("model", "embedding", "hidden"):
+        if "init" in given and name in given:
+            parser.error(f"--{name} does not go with --init, whose run has its own")
     keep_freed_memory()
     if WORLD > 1:
         if torch.cuda.is_available() and given.get("device") != "cpu":
@@ -1018,11 +1008,11 @@ def main() -> None:
             raise LabError(f"WORLD_SIZE is set, as torchrun does: {error}") from None
     with redirect_stdout(None if RANK else sys.stdout):
         if "compare" in given:
-            compare(given["compare"], **beside(parser, given, "compare", "data"))
+            compare(given["compare"], **given_beside(parser, given, "compare", "data"))
         elif "look" in given:
-            look(given["look"], **beside(parser, given, "look", "resume", "data"))
+            look(given["look"], **given_beside(parser, given, "look", "resume", "data"))
         elif "resume" in given:
-            resume(given["resume"], **beside(parser, given, "resume", "data", "epochs", "device"))
+            resume(given["resume"], **given_beside(parser, given, "resume", "data", "epochs", "device"))
         else:
             train_new(given)
     if WORLD > 1:

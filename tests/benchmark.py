@@ -101,7 +101,7 @@ class TorchModel(CharModel):
         super().__init__(cell, embedding_size, hidden_size)
         self.rnn = TORCH_CELLS[cell](embedding_size, hidden_size)
 
-    def forward(self, targets, steps=None):
+    def forward(self, targets, trace=None):
         inputs = torch.cat([torch.full_like(targets[:1], EOS_IX), targets[:-1]])
         return self.decoder(self.rnn(self.emb(inputs))[0])
 
@@ -343,7 +343,7 @@ def shakespeare(corpora: list[Path]) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
             tp5.train(run, Path(folder), train_set, valid_set)
         nats = run.progress.best_loss * symbols / len(valid_text)  # over blank lines, too
-        row = {"model": f"default LSTM, {epochs} epochs", "parameters": f"{tp5.size(run.model) / 1e6:.2f} M"}
+        row = {"model": f"default LSTM, {epochs} epochs", "parameters": f"{tp5.parameter_count(run.model) / 1e6:.2f} M"}
         rows.append(row | {"seconds": round(run.progress.seconds), "nats a character": f"{nats:.3f}"})
     show("shakespeare: the last tenth, learned from the first nine", rows)
     print("\nnanoGPT reads 256 characters back, across speeches, and averages over random windows of the tenth;")
@@ -353,7 +353,7 @@ def shakespeare(corpora: list[Path]) -> None:
 def record(corpora: list[Path]) -> None:
     """What a default run pays for its scalars and histograms, and for the look inside at its end."""
     with default_run() as (run, folder, train_set, valid_set):
-        loader = tp5.batches(train_set, run.batch_size, epoch=0)
+        loader = tp5.batches(train_set, run.global_batch_size, epoch=0)
         steps = run.options.epochs * len(loader)
         mean_symbols = (train_set.lengths + 1).sum() / len(loader)
         batches = list(itertools.islice(loader, 20))
@@ -395,7 +395,7 @@ def record(corpora: list[Path]) -> None:
 def resume(corpora: list[Path]) -> None:
     """What a save of the default model costs, flushed to disk, and a checked load."""
     with default_run(maxsent=1000) as (run, folder, train_set, _):
-        batch = next(iter(tp5.batches(train_set, run.batch_size, epoch=0)))
+        batch = next(iter(tp5.batches(train_set, run.global_batch_size, epoch=0)))
         tp5.train_step(run, batch, run.options.lr, mean_symbols=batch.numel())
         last, plain = folder / "last.pt", folder / "plain.pt"
         tp5.save(run, last)

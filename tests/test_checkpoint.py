@@ -89,7 +89,7 @@ def foreign(whole: bytes, good: dict, boom) -> dict[str, bytes]:
         "pickle": pickle.dumps(good["progress"]),
         "pickle bomb": bomb,
         "not signed": saved(good),
-        "edited": saved({**good, "batch_size": 1}) + whole[-32:],
+        "edited": saved({**good, "global_batch_size": 1}) + whole[-32:],
         "version 1": signed(saved({**good, "format": 1})),
         "later version": signed(saved({**good, "format": 99})),
         "another dict": signed(saved({"weights": 1})),

@@ -151,7 +151,7 @@ def test_steps_have_every_gate_and_state(name):
     """By name: they satisfy the docstring's equations, and gradients reach them."""
     torch.manual_seed(5)
     cell, steps = CELLS[name](E, H).double(), []
-    output, _ = cell.unroll(cell.project(torch.randn(T, B, E, dtype=torch.float64)), steps=steps)
+    output, _ = cell.unroll(cell.project(torch.randn(T, B, E, dtype=torch.float64)), trace=steps)
     assert len(steps) == T and all(set(step) == {*cell.gates, *cell.states} for step in steps)
     values = {key: torch.stack([step[key] for step in steps]) for key in steps[0]}
     assert all(value.shape == (T, B, H) for value in values.values())

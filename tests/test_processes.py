@@ -29,7 +29,7 @@ def test_two_processes_train_the_model_of_one(small, tmp_path):
     assert together.returncode == alone.returncode == 0, together.stderr
     two, one = (load(tmp_path / name / "last.pt") for name in ("two", "one"))
     assert vars(two.options) | {"run": None, "batch_size": 14} == vars(one.options) | {"run": None}
-    assert two.batch_size == one.batch_size == 14  # of all processes
+    assert two.global_batch_size == one.global_batch_size == 14  # of all processes
     for name in ("step", "symbols"):
         assert getattr(two.progress, name) == getattr(one.progress, name)
     assert two.progress.best_loss == pytest.approx(one.progress.best_loss, rel=1e-4)
@@ -62,7 +62,7 @@ def test_a_lost_process_ends_the_job_and_one_resumes(small, tmp_path):
     found = here("tp5.py", "--resume", tmp_path)
     assert found.returncode == 0 and "going on after step 30\n" in found.stdout, found.stderr
     run = load(tmp_path / "last.pt")
-    assert run.progress.step == 58 and run.batch_size == 32  # that of both
+    assert run.progress.step == 58 and run.global_batch_size == 32  # that of both
 
 
 def test_without_torchrun_torch_distributed_is_not_touched(small, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_validation_loss_is_computed_again(cell):
     assert vars(run.options) | where == documented
     train_set, valid_set = tp5.load_corpus(run.options)
     assert train_set.sha256 == run.sha256
-    nats = tp5.evaluate(run.model, tp5.batches(valid_set, run.batch_size), "cpu")
+    nats = tp5.evaluate(run.model, tp5.batches(valid_set, run.global_batch_size), "cpu")
     assert nats == pytest.approx(run.progress.best_loss, abs=1e-4)
     shown = next(row for row in table(FINDINGS, "run", "parameters") if row["run"] == cell)
     assert shown["validation"] == f"{run.progress.best_loss:.3f}"

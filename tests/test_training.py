@@ -53,11 +53,6 @@ def test_learning_rate_rises_for_a_twentieth_then_falls_as_a_cosine():
     assert rates[5:] == pytest.approx(falling)
 
 
-def test_recurrent_scale():
-    matrix = small_run("rnn", recurrent_scale=3).model.rnn.hidden_weight
-    torch.testing.assert_close(matrix @ matrix.T, 9 * torch.eye(len(matrix)), atol=1e-4, rtol=0)
-
-
 # -------------------------------------------------------------------------- of the whole command
 
 
