@@ -50,10 +50,7 @@ def p_nucleus(decoder, alpha: float):
 
     Returns `compute(h)`: hidden states (…, H) → probabilities (…, V) in which only the smallest set of
     likeliest symbols with mass at least `alpha` is left, renormalised; ties keep the order of the codes.
-    Raises LabError unless 0 < alpha <= 1.
     """
-    if not 0 < alpha <= 1:
-        raise LabError(f"alpha is {alpha}, must be above 0 and at most 1")
 
     def compute(h):
         probs = decoder(h).softmax(-1)  # (…, V)
@@ -73,10 +70,10 @@ def warp(log_probs, temperature=1.0, top_k=None, alpha=1.0):
     """Log-probabilities (…, V) to search or draw by, made of a model's (…, V).
 
     In this order: `temperature` divides them, only the `top_k` likeliest symbols stay (None: all), only the
-    nucleus of mass `alpha` stays. LabError if an option is out of range.
+    nucleus of mass `alpha` stays. LabError if the temperature is out of range.
     """
-    if not 0 < temperature < math.inf or (top_k is not None and top_k < 1):
-        raise LabError(f"temperature {temperature} must be above 0 and finite, top_k {top_k} at least 1")
+    if not 0 < temperature < math.inf:
+        raise LabError(f"temperature is {temperature}, must be above 0 and finite")
     if temperature != 1:  # the largest becomes 0 first, so that nothing overflows
         log_probs = ((log_probs - log_probs.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
     if top_k:
@@ -332,7 +329,6 @@ def command_parser() -> ArgumentParser:
     parser = ArgumentParser(description=about, allow_abbrev=False)
     decoder = parser.add_mutually_exclusive_group()
     width, many, count = in_range(int, 1, 4096), in_range(int, 1, 10_000), in_range(int, 0, 10**9)
-    heat = in_range(float, 0, 1000)
     add = parser.add_argument
     # fmt: off
     decoder.add_argument("--greedy", action="store_true", help="take the likeliest symbol each time")
@@ -341,7 +337,8 @@ def command_parser() -> ArgumentParser:
     decoder.add_argument("--exact", type=width, nargs="?", const=5, metavar="K",
                          help="the likeliest sentence, proved, and where a beam of K (5) loses it")
     decoder.add_argument("--score", metavar="TEXT", help="no decoder: how likely is TEXT, symbol by symbol")
-    add("--temperature", type=heat, default=1.0, metavar="T", help="below 1 safer, above 1 bolder (1)")
+    add("--temperature", type=in_range(float, 0, 1000), default=1.0, metavar="T",
+        help="divide the logits by T: below 1 safer, above 1 bolder; sampling at 0 is greedy (%(default)s)")
     add("--top-k", type=width, metavar="N", help="only the N likeliest symbols (all)")
     add("--nucleus", type=in_range(float, 1e-9, 1), default=1.0, metavar="ALPHA", dest="alpha",
         help="only the likeliest symbols of mass ALPHA, after temperature and top-k (%(default)s)")
@@ -350,7 +347,7 @@ def command_parser() -> ArgumentParser:
     add("--min-length", type=count, default=0, metavar="N", help="fewest characters (%(default)s)")
     add("--length-penalty", type=in_range(float, 0, 10), default=0.0, metavar="A",
         help="rank a beam by log-probability / ((5 + length) / 6)^A, for longer sentences (%(default)s)")
-    add("--budget", type=count, default=BUDGET, metavar="N", help="prefixes --exact may read (%(default)s)")
+    add("--budget", type=count, default=BUDGET, metavar="N", help="prefixes --exact reads, 4 kB each (%(default)s)")
     add("-n", "--n", type=many, default=1, metavar="N", help="sentences to draw, or of a beam (%(default)s)")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the random draws (%(default)s)")
     add("--checkpoint", metavar="FILE", help="a checkpoint or a run's folder (the newest run's best.pt)")
@@ -375,9 +372,8 @@ def follow(options, steps):
     """Hand on the steps of exact search, shown: the beam's sentence, a bar on a terminal; Ctrl-C ends it."""
     best, bound, count = next(steps)
     yield best, bound, count
-    out = sys.stderr if options.plain else sys.stdout
-    text = printable(options.start + best.text)
-    print(f"  first, by beam search: {text} ({best.score:.2f} nats)", file=out)
+    to = sys.stderr if options.plain else sys.stdout
+    print(f"  first, by beam search: {printable(options.start + best.text)} ({best.score:.2f} nats)", file=to)
     bar = tqdm(total=options.budget, disable=None, leave=False, unit=" read", unit_scale=True)
     with bar, suppress(KeyboardInterrupt):
         for best, bound, count in steps:
@@ -385,15 +381,13 @@ def follow(options, steps):
             bar.update(count - bar.n)
             yield best, bound, count
     if bound > best.score:
-        print(f"  gave up after {count:,} prefixes (--budget, or Ctrl-C)", file=out)
+        print(f"  gave up after {count:,} prefixes (--budget, or Ctrl-C)", file=to)
 
 
 def decode(model, options) -> list[Hypothesis]:
     """What the decoder that the command line's options name writes with `model`, a `CharModel`."""
     decoder = next(name for name in OPTIONS if getattr(options, name))
     keywords = chosen(options, OPTIONS[decoder][0])
-    if decoder == "greedy":
-        return [generate(*parts(model), **keywords)]
     if decoder == "beam":
         return generate_beam(*parts(model), options.beam, **keywords)
     if decoder == "exact":
@@ -404,17 +398,15 @@ def decode(model, options) -> list[Hypothesis]:
 
 def show(h: Hypothesis, options) -> None:
     """Print a sentence, indented, with its scores and certificate."""
-    text = f"{options.start}{h.text}{'' if h.ended else ' [cut]'}"
     bits = -h.log_prob / math.log(2) / (len(h.text) + h.ended)
     score = f"{h.score:.2f} with the options, " if abs(h.score - h.log_prob) > 0.005 else ""
     end = "ended" if h.ended else "cut at --maxlen"
-    print("  " + text.replace("\n", "\n  "))
+    print("  " + f"{options.start}{h.text}".replace("\n", "\n  "))
     print(f"    {h.log_prob:.2f} nats, {score}{bits:.2f} bits per character, {end}")
     if h.gap == 0 and h.ended:
         print("    proved: none left out is likelier with these options")
     elif h.gap:
-        unit = "better with the options" if options.length_penalty else "nats likelier"
-        print(f"    another may be up to {h.gap:.3g} {unit}")
+        print(f"    another may be up to {h.gap:.3g} likelier by its score")
 
 
 def show_score(model, options) -> None:
@@ -431,10 +423,7 @@ def show_score(model, options) -> None:
 
 
 def tree_lines(scores: dict, marks: dict, start: str) -> list[str]:
-    """A tree of prefixes (→ score), drawn below EOS and the text `start`.
-
-    A line is a branch: up to a fork, or to a prefix that `marks` says something of.
-    """
+    """Prefixes (→ score) as a tree below EOS and `start`; a line ends at a fork or at a prefix in `marks`."""
     size = dict.fromkeys(scores, 1)  # of each prefix's own tree
     children = {prefix: [] for prefix in scores}
     for prefix in sorted(scores, key=len, reverse=True)[:-1]:
@@ -475,16 +464,15 @@ def show_tree(model, options, likeliest: Hypothesis | None = None) -> None:
     print("\n".join(tree_lines(scores, marks, options.start)))
 
 
-def show_where_a_beam_loses(model, text: str, options) -> None:
-    """Print where the beam that --exact names loses the optimum, and which wider one finds it."""
+def where_a_beam_loses(model, text: str, options) -> str:
+    """Where the beam that --exact names loses the optimum, and which wider one finds it."""
     lost_at = partial(search_error, *parts(model), text=text, **chosen(options, SEARCH))
     k, step = options.exact, lost_at(options.exact)
-    wider = (2**power for power in range(k.bit_length(), 13))
     if step is None:
-        print(f"    a beam of {k} finds it, too")
-    else:
-        enough = next((f"one of {width}" for width in wider if lost_at(width) is None), "none up to 4096")
-        print(f"    a beam of {k} loses it at step {step} ({text[:step]!r}); {enough} finds it")
+        return f"a beam of {k} finds it, too"
+    wider = (2**power for power in range(k.bit_length(), 13))
+    enough = next((f"one of {width}" for width in wider if lost_at(width) is None), "not even one of 4096")
+    return f"a beam of {k} loses it at step {step} ({text[:step]!r}); {enough} finds it"
 
 
 def write(model, options) -> None:
@@ -497,7 +485,7 @@ def write(model, options) -> None:
     proved = [h for h in hypotheses if options.exact and h.ended and h.gap == 0]
     if proved and not options.plain:
         with suppress(NotImplementedError):  # in a handout, where `beam_steps` is optional
-            show_where_a_beam_loses(model, proved[0].text, options)
+            print(f"    {where_a_beam_loses(model, proved[0].text, options)}")
     if options.tree:
         show_tree(model, options, *proved)
 
