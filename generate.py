@@ -347,7 +347,7 @@ def command_parser() -> ArgumentParser:
     add("--min-length", type=count, default=0, metavar="N", help="fewest characters (%(default)s)")
     add("--length-penalty", type=in_range(float, 0, 10), default=0.0, metavar="A",
         help="rank a beam by log-probability / ((5 + length) / 6)^A, for longer sentences (%(default)s)")
-    add("--budget", type=count, default=BUDGET, metavar="N", help="prefixes --exact reads, 4 kB each (%(default)s)")
+    add("--budget", type=count, default=BUDGET, metavar="N", help="exact: prefixes (4 kB) read (%(default)s)")
     add("-n", "--n", type=many, default=1, metavar="N", help="sentences to draw, or of a beam (%(default)s)")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the random draws (%(default)s)")
     add("--checkpoint", metavar="FILE", help="a checkpoint or a run's folder (the newest run's best.pt)")
@@ -416,10 +416,11 @@ def show_score(model, options) -> None:
     print(f"  {nats.sum():.2f} nats, {bits.mean():.2f} bits per character; of each, with ■ for EOS:")
     shown = printable(options.start + clean(options.score, model.emb.lettres)[0]) + "■"
     digits = [" "] * len(options.start) + [f"{min(bit, 9):.0f}" for bit in bits.tolist()]
-    for i in range(0, len(shown), 38):  # the columns of a terminal, for Chinese characters, which take two
-        print(" ", shown[i : i + 38])
-        wide = [unicodedata.east_asian_width(char) in "WF" for char in shown[i : i + 38]]
-        print(" ", "".join(digit + " " * two for digit, two in zip(digits[i:], wide, strict=False)))
+    widths = [1 + (unicodedata.east_asian_width(char) in "WF") for char in shown]  # columns on a terminal
+    below = [digit.ljust(width) for digit, width in zip(digits, widths, strict=True)]
+    length = 78 // max(widths)  # of a line
+    for i in range(0, len(shown), length):
+        print(f"  {shown[i : i + length]}\n  {''.join(below[i : i + length])}")
 
 
 def tree_lines(scores: dict, marks: dict, start: str) -> list[str]:
