@@ -12,9 +12,7 @@ Shapes: K prefixes, H hidden, V symbols. Log-probabilities are in nats, in float
 import argparse
 import heapq
 import math
-import shutil
 import sys
-import textwrap
 import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,10 +26,9 @@ from textloader import EOS_IX, LETTRES, PAD_IX, ArgumentParser, LabError, clean,
 from textloader import find_checkpoint, guard, in_range, printable
 
 MAXLEN = 200
-BUDGET = 500_000  # prefixes that exact search reads before it gives up
+BUDGET = 250_000  # prefixes that exact search reads before it gives up; each takes about 4 kB
 FIRST_BEAM = 100  # width of the beam that exact search begins with
 BATCH = 512  # prefixes that exact search reads at once
-MEMORY = 10**9  # bytes that the prefixes which it has not read yet may take
 NEVER = -math.inf  # the log-probability of what cannot happen
 END = "\0"  # EOS in a prefix; shown as ■
 
@@ -53,10 +50,7 @@ def p_nucleus(decoder, alpha: float):
 
     Returns `compute(h)`: hidden states (…, H) → probabilities (…, V) in which only the smallest set of
     likeliest symbols with mass at least `alpha` is left, renormalised; ties keep the order of the codes.
-    Raises LabError unless 0 < alpha <= 1.
     """
-    if not 0 < alpha <= 1:
-        raise LabError(f"alpha is {alpha}, must be above 0 and at most 1")
 
     def compute(h):
         probs = decoder(h).softmax(-1)  # (…, V)
@@ -76,10 +70,10 @@ def warp(log_probs, temperature=1.0, top_k=None, alpha=1.0):
     """Log-probabilities (…, V) to search or draw by, made of a model's (…, V).
 
     In this order: `temperature` divides them, only the `top_k` likeliest symbols stay (None: all), only the
-    nucleus of mass `alpha` stays. LabError if an option is out of range.
+    nucleus of mass `alpha` stays. LabError if the temperature is out of range.
     """
-    if not 0 < temperature < math.inf or (top_k is not None and top_k < 1):
-        raise LabError(f"temperature {temperature} must be above 0 and finite, top_k {top_k} at least 1")
+    if not 0 < temperature < math.inf:
+        raise LabError(f"temperature is {temperature}, must be above 0 and finite")
     if temperature != 1:  # the largest becomes 0 first, so that nothing overflows
         log_probs = ((log_probs - log_probs.amax(-1, keepdim=True)) / temperature).log_softmax(-1)
     if top_k:
@@ -181,63 +175,46 @@ def score(rnn, emb, decoder, eos, text, start="", *, ended=True) -> float:
 
 
 # ------------------------------------------------------------------------------------ beam search
-def likeliest_children(live, log_probs, sums, count: int, eos: int, penalty: float, lettres: str) -> list:
-    """The `count` best children of the prefixes `live`: (hypothesis, row of its parent, symbol), best first.
-
-    log_probs (K, V) are those of their last symbols, `sums` (K, V) those over all symbols, before `penalty`.
-    """
-    best, places = sums.flatten().topk(min(count, sums.numel()))
-    last = log_probs.flatten()[places]
-    children = []
-    for total, place, log_prob in zip(best.tolist(), places.tolist(), last.tolist(), strict=True):
-        row, symbol = divmod(place, sums.shape[1])
-        if total > NEVER:
-            text = live[row].text + code2string([symbol], lettres)
-            log_prob += live[row].log_prob
-            h = Hypothesis(text=text, log_prob=log_prob, ended=symbol == eos, score=total / penalty)
-            children.append((h, row, symbol))
-    return children
-
-
 def beam_steps(model, k, start, maxlen, *, n, min_length=0, length_penalty=0.0, **warping):
-    """The steps of `generate_beam`. After each symbol, yields
-
-    what is kept: a dict, prefix (END for EOS) → Hypothesis, ended ones first, then the best first;
-    a bound on the score of all sentences that begin with a prefix that was let go.
+    """The steps of `generate_beam`. After each symbol, yields what is kept, a dict, prefix (END for EOS) →
+    Hypothesis, ended ones first, then the best first; and a bound on the score of all sentences that begin
+    with a prefix that was let go.
     """
-    if k < 1 or min_length >= maxlen or not 0 <= length_penalty <= 10:  # else no sentence could end
-        ranges = "k (--beam) must be at least 1, min_length below maxlen, length_penalty from 0 to 10"
-        given = f"k is {k}, min_length {min_length}, maxlen {maxlen}, length_penalty {length_penalty}"
-        raise LabError(f"{ranges}: {given}")
+    _, emb, _, eos = model
     read, symbols, states = reader(*model, start)
-    eos, lettres = model[-1], alphabet_of(model[1])
     live, ended, bound = [Hypothesis()], [], NEVER
     penalty = [((5 + length) / 6) ** length_penalty for length in range(maxlen + 1)]
     for length in range(1, maxlen + 1):
         log_probs, states = read(symbols, states)  # (K, V)
         before = log_probs.new_tensor([h.score * penalty[length - 1] for h in live])
-        sums = before[:, None] + warp(log_probs, **warping)
+        scores = (before[:, None] + warp(log_probs, **warping)) / penalty[length]
         if length <= min_length:
-            sums[:, eos] = NEVER
-        competing = [(h, None, eos) for h in ended]
-        competing += likeliest_children(live, log_probs, sums, k + 1, eos, penalty[length], lettres)
-        competing.sort(key=lambda child: -child[0].score)
+            scores[:, eos] = NEVER
+        best, places = scores.flatten().topk(min(k + 1, scores.numel()))
+        last = log_probs.flatten()[places]
+        children = {}  # Hypothesis → its place in (K, V)
+        for score, place, log_prob in zip(best.tolist(), places.tolist(), last.tolist(), strict=True):
+            row, symbol = divmod(place, scores.shape[1])
+            text = live[row].text + code2string([symbol], alphabet_of(emb))
+            log_prob += live[row].log_prob
+            if score > NEVER:
+                h = Hypothesis(text=text, log_prob=log_prob, ended=symbol == eos, score=score)
+                children[h] = place
+        competing = sorted([*ended, *children], key=lambda h: -h.score)
         # At best a prefix keeps its log-probability up to the largest penalty. (The last child may stand for
         # live ones below it.) If the best n have ended, and nothing can overtake them, let all others go.
         rise = penalty[length] / penalty[maxlen]
-        at_best = [h.score if row is None else h.score * rise for h, row, _ in competing]
-        best = [h for h, _, _ in competing[:n]]
-        done = all(h.ended for h in best) and all(score <= best[-1].score for score in at_best[n:])
+        at_best = [h.score * rise if h in children else h.score for h in competing]
+        done = all(h.ended and h.score >= max(at_best[n:], default=NEVER) for h in competing[:n])
         width = n if done else k
         bound = max([bound, *at_best[width:]])
-        ended = [h for h, _, _ in competing[:width] if h.ended]
-        going_on = [child for child in competing[:width] if not child[0].ended]
-        live = [h for h, _, _ in going_on]
+        ended = [h for h in competing[:width] if h.ended]
+        live = [h for h in competing[:width] if not h.ended]
         yield {h.text + END * h.ended: h for h in [*ended, *live]}, bound
         if not live:
             return
-        symbols = torch.tensor([symbol for _, _, symbol in going_on])
-        states = select_rows(states, torch.tensor([row for _, row, _ in going_on]))
+        places = torch.tensor([children[h] for h in live])
+        symbols, states = places % scores.shape[1], select_rows(states, places // scores.shape[1])
 
 
 @torch.inference_mode()
@@ -248,10 +225,9 @@ def generate_beam(rnn, emb, decoder, eos, k, start="", maxlen=MAXLEN, *, n=None,
     prefix's log-probability can only fall: so the largest among those let go bounds every sentence that
     ends within `maxlen` and is not returned. `gap` is that bound minus a sentence's own score, at least 0.
 
-    search  `min_length` in characters; the options of `warp`; `length_penalty` A for longer sentences: score
-            and gap are then log-probability / ((5 + m) / 6)^A of m symbols, EOS counted (Wu et al. 2016)
-    Returns `n` sentences (None: k), best first, ended ones before those cut at `maxlen`; fewer where the
-    options leave no way on. Raises LabError as `generate`.
+    search  `min_length` in characters; the options of `warp`; `length_penalty` A from 0 to 10: score and gap
+            are then log-probability / ((5 + m) / 6)^A of m symbols, EOS counted (Wu et al. 2016)
+    Returns `n` sentences (None: k) or fewer, best first, ended ones before those cut at `maxlen`.
     """
     n = min(n or k, k)
     for step in beam_steps((rnn, emb, decoder, eos), k, start, maxlen, n=n, **search):
@@ -267,39 +243,12 @@ def search_error(rnn, emb, decoder, eos, k, text, start="", maxlen=MAXLEN, **sea
 
 
 # ----------------------------------------------------------------------------------- exact search
-@dataclass
-class Children:
-    """The children, not read yet, of K prefixes that were read together; the likeliest first."""
-
-    scores: torch.Tensor  # (N,) nats
-    places: torch.Tensor  # (N,) in (K, V), the table of all children
-    codes: torch.Tensor  # (K, length) of the prefixes
-    states: tuple | torch.Tensor
-    nbytes: int
-
-    def __getitem__(self, which) -> "Children":
-        return replace(self, scores=self.scores[which], places=self.places[which])
-
-    def __lt__(self, other) -> bool:  # in the heap: whose first is the likelier comes first
-        return bool(self.scores[0] > other.scores[0])
-
-
-def children_above(score: float, scores, codes, states) -> Children:
-    """Of the children (K, V) of the prefixes `codes`, those with a better score than `score`."""
-    scores = scores.flatten()
-    [places] = (scores > score).nonzero(as_tuple=True)
-    scores, order = scores[places].sort(descending=True)
-    nbytes = sum(tensor.nbytes for tensor in (scores, places, codes, *states))
-    return Children(scores, places[order], codes, states, nbytes)
-
-
 @torch.inference_mode()
-def exact_steps(model, start, maxlen, *, budget=BUDGET, memory=MEMORY, min_length=0, **warping):
+def exact_steps(model, start, maxlen, *, budget=BUDGET, min_length=0, **warping):
     """The steps of `generate_exact`: branch and bound (Land & Doig 1960), begun with a beam.
 
     After each batch of prefixes read, yields the best sentence known, a bound on the score of all others, and
-    how many prefixes were read. Only those that score above the best sentence are read, the likeliest first.
-    Gives up after about `budget` prefixes, or when those not read yet take `memory` bytes.
+    how many were read: of those that score above the best sentence, likeliest first, about `budget` at most.
     """
     by_beam = generate_beam(*model, FIRST_BEAM, start, maxlen, n=1, min_length=min_length, **warping)
     best = by_beam[0] if by_beam else Hypothesis(score=NEVER)
@@ -308,7 +257,8 @@ def exact_steps(model, start, maxlen, *, budget=BUDGET, memory=MEMORY, min_lengt
     _, emb, _, eos = model
     read, symbols, states = reader(*model, start)
     codes = torch.empty(1, 0, dtype=torch.int64, device=emb.weight.device)
-    scores, frontier, count = 0.0, [], 0
+    scores, count = 0.0, 0
+    frontier = []  # a heap of children that are not read yet, a batch's together: minus the best score, …
     while True:
         log_probs, states = read(symbols, states)
         scores = scores + warp(log_probs, **warping)  # (K, V)
@@ -318,21 +268,21 @@ def exact_steps(model, start, maxlen, *, budget=BUDGET, memory=MEMORY, min_lengt
             to_beat = best_end.item()
             best = Hypothesis(text=code2string(codes[row], alphabet_of(emb)), ended=True, score=to_beat)
         scores[:, eos] = NEVER
-        children = children_above(to_beat, scores, codes, states)
-        if len(children.scores) and codes.shape[1] + 1 < maxlen:
-            heapq.heappush(frontier, children)
-        bound = frontier[0].scores[0].item() if frontier else NEVER
+        [places] = (scores.flatten() > to_beat).nonzero(as_tuple=True)
+        if len(places) and codes.shape[1] + 1 < maxlen:
+            ranked, order = scores.flatten()[places].sort(descending=True)
+            heapq.heappush(frontier, (-ranked[0].item(), count, ranked, places[order], codes, states))
+        bound = -frontier[0][0] if frontier else NEVER
         yield best, bound, count
-        if bound <= to_beat or count >= budget or sum(c.nbytes for c in frontier) > memory:
+        if bound <= to_beat or count >= budget:
             return
-        children = heapq.heappop(frontier)
-        children = children[children.scores > to_beat]
-        if len(children.scores) > BATCH:
-            heapq.heappush(frontier, children[BATCH:])
-        batch = children[:BATCH]
-        rows, symbols = batch.places // scores.shape[1], batch.places % scores.shape[1]
-        scores, states = batch.scores[:, None], select_rows(batch.states, rows)
-        codes = torch.cat([batch.codes[rows], symbols[:, None]], dim=1)
+        _, _, ranked, places, codes, states = heapq.heappop(frontier)
+        n = min(BATCH, int((ranked > to_beat).sum()))
+        if n < len(ranked):  # -count, as count: no two are equal
+            heapq.heappush(frontier, (-ranked[n].item(), -count, ranked[n:], places[n:], codes, states))
+        rows, symbols = places[:n] // scores.shape[1], places[:n] % scores.shape[1]
+        scores, states = ranked[:n, None], select_rows(states, rows)
+        codes = torch.cat([codes[rows], symbols[:, None]], dim=1)
 
 
 def generate_exact(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, watch=iter, **search):
@@ -352,14 +302,14 @@ def generate_exact(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, watch=ite
 
 # ----------------------------------------------------------------------------------- command line
 WARPING = ["temperature", "top_k", "alpha"]
-BEAM = ["n", "min_length", "length_penalty"]
-# Each decoder's options, beside --start and --checkpoint.
+SEARCH = ["start", "maxlen", *WARPING, "min_length"]
+# The options that are each decoder's keyword arguments, and the others that it has a use for.
 OPTIONS = {
-    "greedy": ["maxlen", "plain"],
-    "sample": ["maxlen", "plain", *WARPING, "n", "seed"],
-    "beam": ["maxlen", "plain", *WARPING, *BEAM, "tree"],
-    "exact": ["maxlen", "plain", *WARPING, "min_length", "budget", "tree"],
-    "score": [],
+    "greedy": (["start", "maxlen"], ["plain"]),
+    "sample": (["start", "maxlen", *WARPING], ["plain", "n", "seed"]),
+    "beam": ([*SEARCH, "n", "length_penalty"], ["plain", "tree"]),
+    "exact": ([*SEARCH, "budget"], ["plain", "tree"]),
+    "score": (["start"], []),
 }
 # Name → options. Without a decoder all are shown; `tp5.py` writes its samples with all but exact search.
 DECODERS = {
@@ -397,7 +347,7 @@ def command_parser() -> ArgumentParser:
     add("--min-length", type=count, default=0, metavar="N", help="fewest characters (%(default)s)")
     add("--length-penalty", type=in_range(float, 0, 10), default=0.0, metavar="A",
         help="rank a beam by log-probability / ((5 + length) / 6)^A, for longer sentences (%(default)s)")
-    add("--budget", type=count, default=BUDGET, metavar="N", help="prefixes --exact may read (%(default)s)")
+    add("--budget", type=count, default=BUDGET, metavar="N", help="exact: prefixes (4 kB) read (%(default)s)")
     add("-n", "--n", type=many, default=1, metavar="N", help="sentences to draw, or of a beam (%(default)s)")
     add("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the random draws (%(default)s)")
     add("--checkpoint", metavar="FILE", help="a checkpoint or a run's folder (the newest run's best.pt)")
@@ -408,103 +358,73 @@ def command_parser() -> ArgumentParser:
     return parser
 
 
-def refuse_useless(parser, options, decoder: str | None) -> None:
-    """End with argparse's error if an option was given that does nothing for the decoder (None: for all)."""
-    useful = OPTIONS[decoder] if decoder else ["maxlen", "seed"]
-    for name in sorted(set().union(*OPTIONS.values()).difference(useful)):
-        if getattr(options, name) != parser.get_default(name):
-            flag = name.replace("alpha", "nucleus").replace("_", "-")
-            why = f"does nothing for --{decoder}" if decoder else "needs a decoder"
-            uses = ", ".join(f"--{other}" for other in OPTIONS if name in OPTIONS[other])
-            parser.error(f"--{flag} {why}: it is for {uses}")
-    if options.beam and options.n > options.beam:
-        parser.error(f"-n {options.n} needs --beam {options.n} or more")
-
-
 def parts(model) -> tuple:
     """What every decoder takes first, of a `CharModel`."""
     return model.rnn, model.emb, model.decoder, EOS_IX
 
 
-def chosen(options, *names: str) -> dict:
-    """Of the command line's options those with these names, and those that all but greedy take."""
-    return {name: getattr(options, name) for name in ("start", "maxlen", *WARPING, *names)}
+def chosen(options, names: list[str]) -> dict:
+    """Of the command line's options those with these names."""
+    return {name: getattr(options, name) for name in names}
 
 
 def follow(options, steps):
     """Hand on the steps of exact search, shown: the beam's sentence, a bar on a terminal; Ctrl-C ends it."""
-    out = sys.stderr if options.plain else sys.stdout
-    why = f"the memory for them ({MEMORY:,} bytes) is full"
     best, bound, count = next(steps)
     yield best, bound, count
-    first = printable(options.start + best.text)
-    print(f"  first, by beam search: {first} ({best.score:.2f} nats)", file=out)
-    try:
-        with tqdm(total=options.budget, disable=None, leave=False, unit=" read", unit_scale=True) as bar:
-            for best, bound, count in steps:
-                bar.set_postfix_str(f"best {best.score:.2f}, bound {bound:.2f}", refresh=False)
-                bar.update(count - bar.n)
-                yield best, bound, count
-    except KeyboardInterrupt:
-        why = "Ctrl-C"
+    to = sys.stderr if options.plain else sys.stdout
+    print(f"  first, by beam search: {printable(options.start + best.text)} ({best.score:.2f} nats)", file=to)
+    bar = tqdm(total=options.budget, disable=None, leave=False, unit=" read", unit_scale=True)
+    with bar, suppress(KeyboardInterrupt):
+        for best, bound, count in steps:
+            bar.set_postfix_str(f"best {best.score:.2f}, bound {bound:.2f}", refresh=False)
+            bar.update(count - bar.n)
+            yield best, bound, count
     if bound > best.score:
-        why = "--budget" if count >= options.budget else why
-        print(f"  gave up after {min(count, options.budget):,} prefixes: {why}", file=out)
+        print(f"  gave up after {count:,} prefixes (--budget, or Ctrl-C)", file=to)
 
 
 def decode(model, options) -> list[Hypothesis]:
     """What the decoder that the command line's options name writes with `model`, a `CharModel`."""
-    if options.greedy:
-        return [generate(*parts(model), options.start, options.maxlen)]
-    if options.beam:
-        return generate_beam(*parts(model), options.beam, **chosen(options, *BEAM))
-    if options.exact:
-        search = chosen(options, "min_length", "budget")
-        return generate_exact(*parts(model), watch=partial(follow, options), **search)
+    decoder = next(name for name in OPTIONS if getattr(options, name))
+    keywords = chosen(options, OPTIONS[decoder][0])
+    if decoder == "beam":
+        return generate_beam(*parts(model), options.beam, **keywords)
+    if decoder == "exact":
+        return generate_exact(*parts(model), watch=partial(follow, options), **keywords)
     generator = torch.Generator().manual_seed(options.seed)
-    return [generate(*parts(model), generator=generator, **chosen(options)) for _ in range(options.n)]
+    return [generate(*parts(model), generator=generator, **keywords) for _ in range(options.n)]
 
 
 def show(h: Hypothesis, options) -> None:
     """Print a sentence, indented, with its scores and certificate."""
-    text = f"{options.start}{h.text}{'' if h.ended else ' [cut]'}"
     bits = -h.log_prob / math.log(2) / (len(h.text) + h.ended)
     score = f"{h.score:.2f} with the options, " if abs(h.score - h.log_prob) > 0.005 else ""
     end = "ended" if h.ended else "cut at --maxlen"
-    print("  " + text.replace("\n", "\n  "))
+    print("  " + f"{options.start}{h.text}".replace("\n", "\n  "))
     print(f"    {h.log_prob:.2f} nats, {score}{bits:.2f} bits per character, {end}")
     if h.gap == 0 and h.ended:
         print("    proved: none left out is likelier with these options")
     elif h.gap:
-        unit = "better with the options" if options.length_penalty else "nats likelier"
-        print(f"    another may be up to {h.gap:.3g} {unit}")
+        print(f"    another may be up to {h.gap:.3g} likelier by its score")
 
 
 def show_score(model, options) -> None:
     """Print how likely the text of --score is, and under each symbol its bits as a digit."""
-    lettres = model.emb.lettres
-    text = code2string(codes_of(options.score, lettres), lettres)
-    nats = symbol_scores(*parts(model), text, options.start)
+    nats = symbol_scores(*parts(model), options.score, options.start)
     bits = -nats / math.log(2)
     print(f"  {nats.sum():.2f} nats, {bits.mean():.2f} bits per character; of each, with ■ for EOS:")
-    shown = printable(options.start + text) + "■"
-
-    def width(char):  # of a terminal's columns a Chinese character takes two
-        return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-    digits = " " * len(options.start) + "".join(f"{min(bit, 9):.0f}" for bit in bits.tolist())
-    length = max(20, shutil.get_terminal_size().columns - 2) // max(map(width, shown))  # of a line
+    shown = printable(options.start + clean(options.score, model.emb.lettres)[0]) + "■"
+    digits = [" "] * len(options.start) + [f"{min(bit, 9):.0f}" for bit in bits.tolist()]
+    widths = [1 + (unicodedata.east_asian_width(char) in "WF") for char in shown]  # columns on a terminal
+    below = [digit.ljust(width) for digit, width in zip(digits, widths, strict=True)]
+    length = 78 // max(widths)  # of a line
     for i in range(0, len(shown), length):
-        line = shown[i : i + length]
-        below = [digit.ljust(width(char)) for char, digit in zip(line, digits[i:], strict=False)]
-        print(f"  {line}\n  {''.join(below)}")
+        print(f"  {shown[i : i + length]}\n  {''.join(below[i : i + length])}")
 
 
-def tree_lines(scores: dict, marks: dict, start: str, width: int) -> list[str]:
-    """A tree of prefixes (→ score), drawn in `width` columns below EOS and the text `start`.
-
-    A line is a branch: up to a fork, or to a prefix that `marks` says something of.
-    """
+def tree_lines(scores: dict, marks: dict, start: str) -> list[str]:
+    """Prefixes (→ score) as a tree below EOS and `start`; a line ends at a fork or at a prefix in `marks`."""
     size = dict.fromkeys(scores, 1)  # of each prefix's own tree
     children = {prefix: [] for prefix in scores}
     for prefix in sorted(scores, key=len, reverse=True)[:-1]:
@@ -516,43 +436,38 @@ def tree_lines(scores: dict, marks: dict, start: str, width: int) -> list[str]:
         while len(children[prefix]) == 1 and prefix not in marks:
             [prefix] = children[prefix]
             label += prefix[-1]
-        said = f"{printable(label.replace(END, '■')).replace(' ', '·')}  {marks.get(prefix, '')}"
-        first, *more = textwrap.wrap(said, max(20, width - 13 - len(rails)), break_on_hyphens=False)
-        lines.append(f"{scores[prefix]:8.2f}  {corner}{first}")
-        lines += [f"{'':10}{rails}{'│' if children[prefix] else ' '}  {part}" for part in more]
-        # The largest comes last: where the tree is too deep for the terminal, it goes on below its parent.
-        below = sorted(children[prefix], key=lambda child: (-size[child], scores[child]))
-        corner, rail = "└─ ", "   " if len(rails) < width // 2 else ""
-        for child in below:
-            stack.append((child, child[-1], rails + corner, rails + rail))
+        label = printable(label.replace(END, "■")).replace(" ", "·")
+        lines.append(f"{scores[prefix]:8.2f}  {corner}{label}  {marks.get(prefix, '')}".rstrip())
+        corner, rail = "└─ ", "   " if len(rails) < 40 else ""  # a deep tree goes on below its parent
+        for child in sorted(children[prefix], key=lambda child: (-size[child], scores[child])):
+            stack.append((child, child[-1], rails + corner, rails + rail))  # the largest comes last
             corner, rail = "├─ ", "│  "
     return lines
 
 
 @torch.inference_mode()
-def show_tree(model, options, likeliest: Hypothesis | None) -> None:
+def show_tree(model, options, likeliest: Hypothesis | None = None) -> None:
     """Print the tree of the beam that the options name, and in it the likeliest sentence, if it is known."""
     k = options.beam or options.exact
-    steps = [kept for kept, _ in beam_steps(parts(model), k, **chosen(options, *BEAM))]
+    steps = [kept for kept, _ in beam_steps(parts(model), k, **chosen(options, OPTIONS["beam"][0]))]
     scores = {"": 0.0} | {prefix: h.score for kept in steps for prefix, h in kept.items()}
     marks = dict.fromkeys([*steps[-1]][: options.n], "◀ the beam's sentence")
     if likeliest:
         path = likeliest.text + END
-        warping = {name: getattr(options, name) for name in WARPING}
-        sums = symbol_scores(*parts(model), likeliest.text, options.start, **warping).cumsum(0).tolist()
-        scores |= {path[:i]: total for i, total in enumerate(sums, start=1)}
+        sums = symbol_scores(*parts(model), likeliest.text, options.start, **chosen(options, WARPING))
+        scores |= {path[:i]: total for i, total in enumerate(sums.cumsum(0).tolist(), start=1)}
         marks[path] = "★ the likeliest sentence"
-        lost = search_error(*parts(model), k, likeliest.text, **chosen(options, "min_length"))
+        lost = search_error(*parts(model), k, likeliest.text, **chosen(options, SEARCH))
         if lost:
             worst = min((h.score for h in steps[lost - 1].values()), default=NEVER)
             marks[path[:lost]] = f"✗ let go: the {k} that were kept had {worst:.2f} or more"
     print(f"  What a beam of {k} kept, and its score; · is a space, ■ EOS, ⏎ a line end.")
-    print("\n".join(tree_lines(scores, marks, options.start, shutil.get_terminal_size().columns)))
+    print("\n".join(tree_lines(scores, marks, options.start)))
 
 
 def where_a_beam_loses(model, text: str, options) -> str:
     """Where the beam that --exact names loses the optimum, and which wider one finds it."""
-    lost_at = partial(search_error, *parts(model), text=text, **chosen(options, "min_length"))
+    lost_at = partial(search_error, *parts(model), text=text, **chosen(options, SEARCH))
     k, step = options.exact, lost_at(options.exact)
     if step is None:
         return f"a beam of {k} finds it, too"
@@ -568,20 +483,24 @@ def write(model, options) -> None:
         raise LabError("--min-length, --nucleus and --top-k leave no sentence")
     for h in hypotheses:
         print(f"{options.start}{h.text}") if options.plain else show(h, options)
-    best = hypotheses[0]
-    likeliest = best if options.exact and best.ended and best.gap == 0 else None
-    if likeliest and not options.plain:
+    proved = [h for h in hypotheses if options.exact and h.ended and h.gap == 0]
+    if proved and not options.plain:
         with suppress(NotImplementedError):  # in a handout, where `beam_steps` is optional
-            print(f"    {where_a_beam_loses(model, likeliest.text, options)}")
+            print(f"    {where_a_beam_loses(model, proved[0].text, options)}")
     if options.tree:
-        show_tree(model, options, likeliest)
+        show_tree(model, options, *proved)
 
 
 def main() -> None:
     parser = command_parser()
     options = parser.parse_args()
     decoder = next((name for name in OPTIONS if getattr(options, name) not in (None, False)), None)
-    refuse_useless(parser, options, decoder)
+    uses = {name: keywords + others for name, (keywords, others) in OPTIONS.items()}
+    useful = uses[decoder] if decoder else ["start", "maxlen", "seed"]
+    for name in sorted(set().union(*uses.values()).difference(useful)):
+        if getattr(options, name) != parser.get_default(name):
+            flag = name.replace("alpha", "nucleus").replace("_", "-")
+            parser.error(f"--{flag} is for --{', --'.join(other for other in uses if name in uses[other])}")
     file = find_checkpoint(options.checkpoint, "best.pt")
     from tp5 import load  # tp5 imports this file
 

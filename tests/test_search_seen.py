@@ -7,6 +7,7 @@ from contextlib import redirect_stderr, suppress
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
+from unicodedata import east_asian_width
 from unittest.mock import patch
 
 import pytest
@@ -19,7 +20,7 @@ from toys import MAXLEN, enumerated, every_cell, small_search, table_model, toy,
 
 import generate as lab
 from generate import END, beam_steps, command_parser, generate_beam, generate_exact, parts, score, tree_lines
-from textloader import EOS_IX, LETTRES, columns
+from textloader import EOS_IX, LETTRES
 from tp5 import CELLS, load
 
 
@@ -81,12 +82,6 @@ def test_a_penalty_keeps_what_could_still_overtake():
     assert longer.score == pytest.approx(longer.log_prob / ((5 + len(longer.text) + 1) / 6) ** 3)
 
 
-@pytest.mark.parametrize("penalty", [-0.1, math.nan, math.inf])
-def test_penalties_out_of_range(penalty):
-    with pytest.raises(ValueError, match="length_penalty from 0 to 10"):
-        generate_beam(*toy("gru", "ours"), EOS_IX, 2, length_penalty=penalty)
-
-
 def test_exact_search_refuses_a_length_penalty():
     """It proves the likeliest sentence, not the best one by that score."""
     with pytest.raises(TypeError, match="length_penalty"):
@@ -122,7 +117,7 @@ def test_every_kept_prefix_stands_once_in_the_tree(model, k, n, penalty):
     kept = kept_by(model, k, n=min(n, k), length_penalty=penalty)
     returned = generate_beam(*model, EOS_IX, k, "", 12, n=n, length_penalty=penalty)
     marks = {h.text + END * h.ended: "◀ it" for h in returned}
-    shown = read_back(tree_lines(kept, marks, "c", 999))
+    shown = read_back(tree_lines(kept, marks, "c"))
     shown = [(prefix.replace("■", END), total, mark) for prefix, total, mark in shown]
     assert sorted(prefix for prefix, _, _ in shown) == sorted([END, *(END + "c" + prefix for prefix in kept)])
     for prefix, total, mark in shown:
@@ -130,15 +125,12 @@ def test_every_kept_prefix_stands_once_in_the_tree(model, k, n, penalty):
         assert (mark == "◀ it") == (prefix[2:] in marks)
 
 
-@pytest.mark.parametrize("width", [40, 80])
-def test_a_deep_tree_holds_the_width_and_loses_nothing(width):
+def test_a_deep_tree_stays_narrow_and_loses_nothing():
     """A prefix is a symbol more than its parent: so there are as many symbols as prefixes."""
     deep = {"a" * i: -float(i) for i in range(99)} | {"a" * i + "b": -i - 0.5 for i in range(99)}
-    long = {"c" * i: -float(i) for i in range(1, 300)} | {"c" * 299 + " ": -300.0}
-    lines = tree_lines(deep | long, {"c" * 299 + " ": "◀"}, "", width)
-    assert max(map(len, lines)) <= width
-    assert [sum(line.count(char) for line in lines) for char in "abc"] == [98, 99, 299]
-    assert sum(line.count("·") for line in lines) == 1
+    lines = tree_lines(deep | {"a": -1.0, "ac": -2.0, "ac ": -3.0}, {"ac ": "◀"}, "")
+    assert max(map(len, lines)) <= 70
+    assert [sum(line.count(char) for line in lines) for char in "abc·"] == [98, 99, 1, 1]
 
 
 def test_tree_of_the_table_by_hand(capsys):
@@ -167,7 +159,7 @@ def test_tree_of_a_beam_that_dies_out(capsys):
 
 
 def test_spaces_and_line_ends_are_seen():
-    lines = tree_lines({"": 0.0, "a": -1.0, "a ": -2.0, "a \n": -3.0, "a \n\x1b": -4.0}, {}, "b ", 80)
+    lines = tree_lines({"": 0.0, "a": -1.0, "a ": -2.0, "a \n": -3.0, "a \n\x1b": -4.0}, {}, "b ")
     assert lines == ["   -4.00  ■b·a·⏎?"]
 
 
@@ -180,7 +172,7 @@ def test_trees_of_trained_models(runs, cell, options):
     lines = result.stdout.splitlines()
     assert max(map(len, lines[1:])) <= 110 and "    0.00  ■They·" in result.stdout
     tree = lines[next(i for i, line in enumerate(lines) if "What a beam" in line) :]
-    assert max(map(len, tree)) <= 80
+    assert max(map(len, tree)) <= 110
     marked = sum(" ◀ " in line or " ★ " in line for line in tree)
     assert marked == (2 if "✗" in result.stdout else 2 if "-n 2" in options else 1)
 
@@ -217,14 +209,14 @@ def test_digits_stand_below_wide_characters(capsys):
     _, *lines = capsys.readouterr().out.splitlines()
     assert "".join(line[2:] for line in lines[::2]) == "文b" + "中a文" * 20 + "■"
     for shown, digits in zip(lines[::2], lines[1::2], strict=True):
-        assert sum(map(columns, shown)) == len(digits) <= 80
+        assert sum(1 + (east_asian_width(char) in "WF") for char in shown) == len(digits) <= 80
     assert re.fullmatch(r"     \d \d\d .*", lines[1])
 
 
 def test_line_ends_stay_and_are_indented(capsys):
     h = lab.Hypothesis(text="b\n\n  c", log_prob=-2.0, score=-2.0)
     lab.show(h, command_parser().parse_args(["--greedy", "--start", "a\n"]))
-    assert capsys.readouterr().out.startswith("  a\n  b\n  \n    c [cut]\n    -2.00 nats")
+    assert capsys.readouterr().out.startswith("  a\n  b\n  \n    c\n    -2.00 nats")
 
 
 def test_a_text_to_score_is_refused_as_a_start_text_is(runs):
@@ -236,16 +228,16 @@ HARD = ("--exact", "--min-length", "30")  # takes many batches
 
 
 def interrupted(calls: int):
-    """`children_above` that is interrupted by Ctrl-C at its call number `calls`."""
-    real, made = lab.children_above, []
+    """Exact search that is interrupted by Ctrl-C when it keeps prefixes for later the time number `calls`."""
+    real, made = lab.heapq.heappush, []
 
-    def children_above(*arguments):
+    def heappush(*arguments):
         made.append(arguments)
         if len(made) == calls:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    return patch.object(lab, "children_above", children_above)
+    return patch.object(lab.heapq, "heappush", heappush)
 
 
 @pytest.mark.parametrize("calls", [1, 2, 5])
@@ -253,8 +245,8 @@ def test_ctrl_c_ends_exact_search_with_what_is_known(runs, calls):
     with interrupted(calls):
         result = here("generate.py", "--checkpoint", runs / "lstm", *HARD)
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert re.search(r"gave up after [\d,]+ prefixes: Ctrl-C\n", result.stdout)
-    assert re.search(r"another may be up to [\d.]+ nats likelier", result.stdout)
+    assert re.search(r"gave up after [\d,]+ prefixes \(.*Ctrl-C\)\n", result.stdout)
+    assert re.search(r"another may be up to [\d.]+ likelier by its score", result.stdout)
     assert "first, by beam search: We " in result.stdout and "proved" not in result.stdout
 
 
@@ -267,45 +259,6 @@ def test_an_interrupted_search_keeps_a_true_bound(model, calls, batch):
         known.extend(lab.exact_steps((*model, EOS_IX), "", MAXLEN))
     found, bound, _ = known[-1]
     assert best <= max(bound, found.score if found.ended else -math.inf) + 1e-9
-
-
-@settings(max_examples=40)
-@given(toys, st.integers(1, 20_000), st.integers(1, 5))
-def test_a_full_frontier_is_no_lie(model, memory, batch):
-    best, text = enumerated(model)[0]
-    with small_search(batch):
-        [h] = generate_exact(*model, EOS_IX, "", MAXLEN, memory=memory)
-    assert best <= h.score + h.gap + 1e-9
-    assert not (h.ended and h.gap == 0) or h.text == text
-
-
-def bytes_of(frontier) -> int:
-    """Of all tensors and texts in a frontier, those that are shared counted once."""
-    states = {id(state): state.nbytes for c in frontier for state in c.states}
-    own = sum(part.nbytes for c in frontier for part in (c.scores, c.places))
-    return own + sum(states.values())
-
-
-@every_cell
-def test_the_frontier_stays_within_its_memory(cell, library):
-    model, limit, sizes, push = toy(cell, library, seed=2), 100_000, [], lab.heapq.heappush
-
-    def measured(frontier, children):
-        push(frontier, children)
-        sizes.append(bytes_of(frontier))
-
-    with patch.object(lab.heapq, "heappush", measured), small_search(8):
-        [h] = generate_exact(*model, EOS_IX, "", 60, memory=limit, min_length=40)
-    one_batch = 8 * 5 * 24 + 8 * 4 * 8 * 2
-    assert h.gap > 0 and limit / 20 < max(sizes) <= limit + one_batch
-
-
-def test_a_full_frontier_says_so(runs):
-    with patch.object(lab, "exact_steps", partial(lab.exact_steps, memory=1)):
-        result = here("generate.py", "--checkpoint", runs / "lstm", *HARD)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert re.search(r"gave up after \d+ prefixes: .*memory", result.stdout)
-    assert re.search(r"another may be up to [\d.]+ nats likelier", result.stdout)
 
 
 class Terminal(io.StringIO):
@@ -328,6 +281,6 @@ def test_a_bar_on_a_terminal(capsys):
 def test_plain_prints_the_sentences_alone(runs, options):
     given = ("--checkpoint", runs / "gru", "--start", "We ", "--maxlen", "40", *options.split())
     full, plain = here("generate.py", *given).stdout, here("generate.py", *given, "--plain")
-    sentences = re.findall(r"^  (We .*?)(?: \[cut\])?\n    -", full, re.M)
+    sentences = re.findall(r"^  (We .*?)\n    -", full, re.M)
     assert plain.returncode == 0 and plain.stdout.splitlines() == sentences and sentences
     assert ("by beam search" in plain.stderr) == ("--exact" in options)
