@@ -180,7 +180,7 @@ def beam_steps(model, k, start, maxlen, *, n, min_length=0, length_penalty=0.0, 
     Hypothesis, ended ones first, then the best first; and a bound on the score of all sentences that begin
     with a prefix that was let go.
     """
-    _, emb, _, eos = model
+    eos, lettres = model[-1], alphabet_of(model[1])
     read, symbols, states = reader(*model, start)
     live, ended, bound = [Hypothesis()], [], NEVER
     penalty = [((5 + length) / 6) ** length_penalty for length in range(maxlen + 1)]
@@ -195,7 +195,7 @@ def beam_steps(model, k, start, maxlen, *, n, min_length=0, length_penalty=0.0, 
         children = {}  # Hypothesis → its place in (K, V)
         for score, place, log_prob in zip(best.tolist(), places.tolist(), last.tolist(), strict=True):
             row, symbol = divmod(place, scores.shape[1])
-            text = live[row].text + code2string([symbol], alphabet_of(emb))
+            text = live[row].text + code2string([symbol], lettres)
             log_prob += live[row].log_prob
             if score > NEVER:
                 h = Hypothesis(text=text, log_prob=log_prob, ended=symbol == eos, score=score)
