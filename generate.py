@@ -243,6 +243,22 @@ def search_error(rnn, emb, decoder, eos, k, text, start="", maxlen=MAXLEN, **sea
 
 
 # ----------------------------------------------------------------------------------- exact search
+@dataclass
+class Unread:
+    """Children, not read yet, of K prefixes that were read together; the likeliest first."""
+
+    scores: torch.Tensor  # (N,) nats
+    places: torch.Tensor  # (N,) in (K, V), the table of all children
+    codes: torch.Tensor  # (K, length) of the prefixes
+    states: tuple | torch.Tensor
+
+    def __getitem__(self, which) -> "Unread":
+        return replace(self, scores=self.scores[which], places=self.places[which])
+
+    def __lt__(self, other) -> bool:  # in the heap: whose first is the likelier comes first
+        return bool(self.scores[0] > other.scores[0])
+
+
 @torch.inference_mode()
 def exact_steps(model, start, maxlen, *, budget=BUDGET, min_length=0, **warping):
     """The steps of `generate_exact`: branch and bound (Land & Doig 1960), begun with a beam.
@@ -258,7 +274,7 @@ def exact_steps(model, start, maxlen, *, budget=BUDGET, min_length=0, **warping)
     read, symbols, states = reader(*model, start)
     codes = torch.empty(1, 0, dtype=torch.int64, device=emb.weight.device)
     scores, count = 0.0, 0
-    frontier = []  # a heap of children that are not read yet, a batch's together: minus the best score, …
+    frontier = []  # a heap
     while True:
         log_probs, states = read(symbols, states)
         scores = scores + warp(log_probs, **warping)  # (K, V)
@@ -271,18 +287,19 @@ def exact_steps(model, start, maxlen, *, budget=BUDGET, min_length=0, **warping)
         [places] = (scores.flatten() > to_beat).nonzero(as_tuple=True)
         if len(places) and codes.shape[1] + 1 < maxlen:
             ranked, order = scores.flatten()[places].sort(descending=True)
-            heapq.heappush(frontier, (-ranked[0].item(), count, ranked, places[order], codes, states))
-        bound = -frontier[0][0] if frontier else NEVER
+            heapq.heappush(frontier, Unread(ranked, places[order], codes, states))
+        bound = frontier[0].scores[0].item() if frontier else NEVER
         yield best, bound, count
         if bound <= to_beat or count >= budget:
             return
-        _, _, ranked, places, codes, states = heapq.heappop(frontier)
-        n = min(BATCH, int((ranked > to_beat).sum()))
-        if n < len(ranked):  # -count, as count: no two are equal
-            heapq.heappush(frontier, (-ranked[n].item(), -count, ranked[n:], places[n:], codes, states))
-        rows, symbols = places[:n] // scores.shape[1], places[:n] % scores.shape[1]
-        scores, states = ranked[:n, None], select_rows(states, rows)
-        codes = torch.cat([codes[rows], symbols[:, None]], dim=1)
+        unread = heapq.heappop(frontier)
+        unread = unread[unread.scores > to_beat]
+        if len(unread.scores) > BATCH:
+            heapq.heappush(frontier, unread[BATCH:])
+        batch = unread[:BATCH]
+        rows, symbols = batch.places // scores.shape[1], batch.places % scores.shape[1]
+        scores, states = batch.scores[:, None], select_rows(batch.states, rows)
+        codes = torch.cat([batch.codes[rows], symbols[:, None]], dim=1)
 
 
 def generate_exact(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, watch=iter, **search):
@@ -501,6 +518,10 @@ def main() -> None:
         if getattr(options, name) != parser.get_default(name):
             flag = name.replace("alpha", "nucleus").replace("_", "-")
             parser.error(f"--{flag} is for --{', --'.join(other for other in uses if name in uses[other])}")
+    if options.beam and options.n > options.beam:
+        parser.error(f"-n {options.n} needs --beam {options.n} or more")
+    if options.min_length >= options.maxlen:
+        parser.error("--min-length must be below --maxlen: else no sentence could end")
     file = find_checkpoint(options.checkpoint, "best.pt")
     from tp5 import load  # tp5 imports this file
 

@@ -137,6 +137,8 @@ def test_exact_search_out_of_budget_says_how_far_it_may_be(written):
         ("--temperature -1", "--temperature: from 0"),
         ("--exact --maxlen 100000000000", "--maxlen: 10000"),
         ("--greedy --sample", "--greedy"),
+        ("--beam 2 -n 3", "-n 3 needs --beam 3"),
+        ("--exact --min-length 9 --maxlen 9", "--min-length: below --maxlen"),
         ("--greedy -n 2", "--n is for --sample, --beam"),
         ("--greedy --temperature 2", "--temperature: for --sample, --beam, --exact"),
         ("--greedy --seed 3", "--seed: for --sample"),
