@@ -22,6 +22,7 @@ import zipfile
 from collections import namedtuple
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -528,16 +529,13 @@ class Monitor:
 
     def histograms(self, real, trace: list) -> None:
         """Every gate and state where `real` (T, B) is true, every gradient's magnitude, every parameter."""
-        model = self.run.model
-        values = {}
+        add = partial(self.writer.add_histogram, global_step=self.run.progress.step, bins=64)
         for number, name in enumerate(trace[0], start=1):
             gate = torch.stack([at_t[name] for at_t in trace])  # (T, B, H)
-            values[f"4_gates/{self.run.options.model}_{number}_{name}"] = gate[real]
-        for number, (name, parameter) in enumerate(model.named_parameters(), start=1):
-            values[f"5_gradients/log10_{number}_{name}"] = parameter.grad.abs().clamp(min=1e-12).log10()
-            values[f"6_parameters/{number}_{name}"] = parameter
-        for tag, value in values.items():
-            self.writer.add_histogram(tag, value, self.run.progress.step, bins=64)
+            add(f"4_gates/{self.run.options.model}_{number}_{name}", gate[real])
+        for number, (name, parameter) in enumerate(self.run.model.named_parameters(), start=1):
+            add(f"5_gradients/log10_{number}_{name}", parameter.grad.abs().clamp(min=1e-12).log10())
+            add(f"6_parameters/{number}_{name}", parameter)
 
     def after_epoch(self, epoch: int, valid_loss: float) -> None:
         """Show losses and samples at an epoch's end."""
