@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from textloader import EOS_IX, LETTRES, PAD_IX, ArgumentParser, LabError, clean, code2string
+from textloader import EOS_IX, LETTRES, PAD_IX, ArgumentParser, LabError, clean, code2string, encode
 from textloader import find_checkpoint, guard, in_range, printable
 
 MAXLEN = 200
@@ -101,11 +101,11 @@ def codes_of(text: str, lettres: str = LETTRES) -> list[int]:
     cleaned, _, dropped = clean(text, lettres)
     if dropped:
         raise LabError(f"the text has characters outside the alphabet: {' '.join(dropped)}")
-    return [lettres.index(char) + 2 for char in cleaned]
+    return encode(cleaned, lettres)
 
 
 def reader(rnn, emb, decoder, eos: int, start: str):
-    """A model as a function that reads a symbol, with EOS and the start text read, but for the last symbol.
+    """A model as a function that reads symbols, after EOS and `start`, but for the last of these.
 
     Returns `read`, that last symbol (1,), and the states before it. `read(symbols, states)` takes K symbols
     (K,) and the states before them, and returns log-probabilities (K, V) of the next, and the states after.
@@ -140,7 +140,7 @@ def generate(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, temperature=0.0
     temperature  0: greedy, always the likeliest symbol; above 0: a random one, at that temperature
     generator    a `torch.Generator` on the CPU for the drawing; None: torch's own
     warping      `top_k` and `alpha` narrow what is drawn from (see `warp`)
-    Raises LabError for options out of range or a start text outside the alphabet.
+    Raises LabError for a temperature out of range or a start text outside the alphabet.
     """
     read, symbol, states = reader(rnn, emb, decoder, eos, start)
     codes, log_prob, score = [], 0.0, 0.0
@@ -303,7 +303,7 @@ def exact_steps(model, start, maxlen, *, budget=BUDGET, min_length=0, **warping)
 
 
 def generate_exact(rnn, emb, decoder, eos, start="", maxlen=MAXLEN, *, watch=iter, **search):
-    """The likeliest sentence of at most `maxlen` symbols, in a list; an empty list where there is none.
+    """The likeliest sentence of at most `maxlen` symbols, in a list; where none ends, the beam's cut one.
 
     Its `gap` is 0 if it is proved, else how much better the optimum may be. For `search` see `exact_steps`;
     `watch` is a function that hands on its steps, and may end them. Raises LabError as `generate`.

@@ -82,9 +82,14 @@ def normalize(s: str, lettres: str = LETTRES) -> str:
     return re.sub("  +", " ", clean(s, lettres)[0])
 
 
+def encode(text: str, lettres: str = LETTRES) -> list[int]:
+    """The codes of a text that has only symbols of `lettres`."""
+    return [lettres.index(char) + 2 for char in text]
+
+
 def string2code(s: str, lettres: str = LETTRES) -> torch.Tensor:
     """Codes of `normalize(s)`: (length,) int64."""
-    return torch.tensor([lettres.index(char) + 2 for char in normalize(s, lettres)], dtype=torch.int64)
+    return torch.tensor(encode(normalize(s, lettres), lettres), dtype=torch.int64)
 
 
 def code2string(codes, lettres: str = LETTRES) -> str:
@@ -152,7 +157,7 @@ class TextDataset(Dataset):
         return len(self.sentences)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return torch.tensor([self.lettres.index(char) + 2 for char in self.sentences[i]])
+        return torch.tensor(encode(self.sentences[i], self.lettres))
 
     def subset(self, indices) -> "TextDataset":
         """The sentences at `indices` as a dataset of their own."""

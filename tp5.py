@@ -36,8 +36,8 @@ from tqdm import tqdm
 from generate import DECODERS, codes_of, decode
 from generate import command_parser as decoder_parser
 from textloader import CORPUS, EOS_IX, LETTRES, PAD_IX, RUNS, ArgumentParser, BucketSampler, LabError
-from textloader import TextDataset, checkpoints, code2string, describe, find_checkpoint, guard, in_range
-from textloader import lettres_of, pad_collate_fn, printable, read_text, say_next
+from textloader import TextDataset, checkpoints, code2string, describe, encode, find_checkpoint, guard
+from textloader import in_range, lettres_of, pad_collate_fn, printable, read_text, say_next
 
 
 # ------------------------------------------------------------------------------------------- loss
@@ -72,7 +72,7 @@ class Cell(nn.Module):
         for gate in self.input_weight.chunk(len(self.gates)):
             nn.init.xavier_uniform_(gate)
         for gate in self.hidden_weight.chunk(len(self.gates)):
-            nn.init.orthogonal_(gate)  # W_h·h is as long as h: so are gradients, on the way back
+            nn.init.orthogonal_(gate)  # W_h·h is as long as h
 
     def project(self, x):
         """W_x·x + b of every gate: (…, E) → (…, G·H)."""
@@ -127,7 +127,7 @@ class LSTM(Cell):
 
     def __init__(self, input_size: int, hidden_size: int):
         super().__init__(input_size, hidden_size)
-        nn.init.ones_(self.bias[:hidden_size])  # the forget gate's: at first the memory is kept
+        nn.init.ones_(self.bias[:hidden_size])  # the forget gate's: at first f is 0.7, not 0.5
 
     def one_step(self, projected, h, C):
         f, i, candidate, o = (projected + h @ self.hidden_weight.T).chunk(4, dim=-1)
@@ -141,7 +141,7 @@ class LSTM(Cell):
 
 
 class GRU(Cell):
-    """Gated recurrent unit (Cho et al. 2014), without biases as in the handout.
+    """Gated recurrent unit (Cho et al. 2014; z of Chung et al. 2014), without biases as in the handout.
 
     z_t = σ(W_z·[h_{t-1}, x_t])
     r_t = σ(W_r·[h_{t-1}, x_t])
@@ -186,7 +186,7 @@ class CharModel(nn.Module):
 
 
 # -------------------------------------------------------------------------------------- optimiser
-# Each aσ + bσ³ + cσ⁵ after the other: σ in [0.01, 1] comes to 1 ± 0.27 (cf. Polar Express, Amsel et al. 2025)
+# Three aσ + bσ³ + cσ⁵ in turn bring any σ in [0.01, 1] to 1 ± 0.27 (cf. Polar Express, Amsel et al. 2025)
 QUINTICS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 
 
@@ -247,8 +247,8 @@ def schedule(step: int, total_steps: int) -> float:
 
 # ----------------------------------------------------------------------------------------- corpus
 # torchrun starts WORLD processes, each for its shard of every batch; number 0 alone shows and saves.
-RANK = int(os.environ.get("RANK") or 0)
 WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
 
 
 def sum_over_processes(*numbers: float) -> list[float]:
@@ -268,7 +268,8 @@ def load_corpus(options, lettres: str | None = None, sha256: str | None = None):
     dataset = TextDataset(text, maxsent=options.maxsent, maxlen=options.maxlen, unit=unit, lettres=lettres)
     if sha256 not in (None, dataset.sha256):
         raise LabError(f"{file} is another text than this run was trained on: name that with --data")
-    describe(dataset, text, file.name)
+    if sha256 is None:  # a new run's
+        describe(dataset, text, file.name)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(options.seed)).numpy()
     held_out = len(dataset) // 10
     return dataset.subset(order[:-held_out]), dataset.subset(order[-held_out:])
@@ -648,10 +649,10 @@ def gradient_flow(model, batch, lags: int = LAGS) -> dict[str, torch.Tensor]:
 
 
 def both_flows(run: Run, valid_set) -> dict[str, dict]:
-    """A model's gradient flow "at_start" and "trained", over 64 validation sentences, long ones first."""
+    """Gradient flow over 64 sentences, long ones first: "at_start", of the seed's weights, and "trained"."""
     order = np.argsort(-np.minimum(valid_set.lengths, LAGS), kind="stable")
     batch = pad_collate_fn([valid_set[i] for i in order[:64]])
-    start = new_run(run.options, valid_set).model
+    start = new_run(argparse.Namespace(**vars(run.options) | {"init": None}), valid_set).model
     return {"at_start": gradient_flow(start, batch), "trained": gradient_flow(run.model, batch)}
 
 
@@ -669,7 +670,7 @@ def features(text: str) -> torch.Tensor:
 
 @torch.no_grad()
 def named_units(model, loader, least: float = 0.5) -> list[Unit]:
-    """Of all gates and states, the unit that follows each of FEATURES most closely, by |r| of at `least`."""
+    """Of all gates' and states' units the one that follows each feature best, of |r| `least` or more."""
     known = []
     seen = {}
     for batch in loader:
@@ -708,15 +709,16 @@ def font_for(text: str, size: int):
 
 
 @torch.no_grad()
-def picture(model, units: list[Unit], text: str, columns: int = 28):
+def picture(model, units: list[Unit], text: str):
     """Units on `text` as an image, uint8 (height, width, 3): of each its name, then the text, coloured.
 
     A character's colour is the unit's value after it was read: blue is negative, white 0, red positive.
     """
     trace = []
-    model(pad_collate_fn([torch.tensor(codes_of(text, model.emb.lettres))]), trace)
+    model(pad_collate_fn([torch.tensor(encode(text, model.emb.lettres))]), trace)
     names = [f"{unit.gate} {unit.row}: {unit.feature}, r {unit.r:.2f}" for unit in units]
     text = printable(text)
+    columns = 28
     width = 22  # of a character's box, pixels
     height = 34
     lines = textwrap.wrap(text, columns, drop_whitespace=False)
@@ -741,7 +743,7 @@ def picture(model, units: list[Unit], text: str, columns: int = 28):
 
 
 def show_units(run: Run, valid_set, writer, tag: str, texts: list[str]) -> str:
-    """Print the named units of a run's model as a table, and write their pictures on `texts`; the table."""
+    """Print the named units of a run's model as a table, and their pictures on `texts`. Returns the table."""
     drawn = np.random.default_rng(0).permutation(len(valid_set))
     drawn = drawn[valid_set.lengths[drawn].cumsum() < 50_000]  # all gates of 50,000 characters take 300 MB
     some = valid_set.subset(drawn)
@@ -778,7 +780,7 @@ def look(text: str, resume: str | None = None, **changes) -> None:
     lettres = run.model.emb.lettres
     text = code2string(codes_of(text, lettres), lettres)
     if not text.strip() or len(text) > 1000:
-        raise LabError("--look: give a text of at most 1,000 characters")
+        raise LabError("--look: give a text of 1 to 1,000 characters")
     _, valid_set = load_corpus(run.options, lettres, run.sha256)
     with rewrite_events(file.parent, "look") as writer:
         show_units(run, valid_set, writer, "3_units/look", [text])
@@ -843,7 +845,6 @@ def compare(names: list, **changes) -> None:
 
 # ----------------------------------------------------------------------------------- command line
 LR = {"muon": 0.05, "adamw": 0.008}
-INIT_LR = 0.01
 BATCH_SIZE = {"muon": 64, "adamw": 32}
 
 
@@ -854,14 +855,14 @@ def command_parser() -> argparse.ArgumentParser:
     width = in_range(int, 1, 8192)
     many = in_range(int, 1, 10_000)
     whole = in_range(int, 0, 10**9)
-    positive = in_range(float, 0, 1e9)
+    amount = in_range(float, 0, 1e9)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     batch_size = "sentences in a process's batch (muon {muon}, adamw {adamw})".format(**BATCH_SIZE)
     add = parser.add_argument
     # fmt: off
     add("--model", nargs="+", choices=[*CELLS, "all"], default="lstm", help="several are compared (lstm)")
-    add("--init", metavar="RUN", help="begin with the weights of a trained run, at a peak rate of "
-        f"{INIT_LR}; too good a loss if that run has seen the sentences that validate this one")
+    add("--init", metavar="RUN", help="begin with the weights of a trained run, at a fifth of the peak rate; "
+        "too good a loss if that run has seen the sentences that validate this one")
     add("--data", type=os.path.abspath, metavar="PATH", help=f"a UTF-8 text file (data/{CORPUS.name})")
     unit = parser.add_mutually_exclusive_group()
     unit.add_argument("--lines", action="store_true", help="each line is an example")
@@ -871,15 +872,15 @@ def command_parser() -> argparse.ArgumentParser:
     add("--embedding", type=width, default=128, metavar="E", help="size of an embedding (%(default)s)")
     add("--hidden", type=width, default=256, metavar="H", help="size of the hidden state (%(default)s)")
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of the cell's matrices (%(default)s)")
-    add("--lr", type=positive, metavar="RATE", help=f"peak rate (muon {LR['muon']}, adamw {LR['adamw']})")
-    add("--clip", type=positive, default=1.0, metavar="NORM", help="clip gradients (%(default)s; 0: never)")
+    add("--lr", type=amount, metavar="RATE", help=f"peak rate (muon {LR['muon']}, adamw {LR['adamw']})")
+    add("--clip", type=amount, default=1.0, metavar="NORM", help="clip gradients (%(default)s; 0: never)")
     add("--seed", type=whole, default=0, help="of the split, the weights, the shuffling (%(default)s)")
     add("--maxlen", type=many, default=2000, metavar="N", help="longest sentence; costs memory (%(default)s)")
     add("--maxsent", type=in_range(int, 2, 10**9), metavar="N", help="use the first N sentences only")
     add("--device", choices=devices, default=devices[0], help="cuda where there is one (%(default)s)")
     add("--scalars-every", type=whole, default=20, metavar="N", help="steps (%(default)s; 0: never)")
     add("--histograms-every", type=whole, default=50, metavar="N", help="steps (%(default)s; 0: never)")
-    add("--save-every", type=positive, default=30.0, metavar="S", help="seconds (%(default)s; 0: never)")
+    add("--save-every", type=amount, default=30.0, metavar="S", help="seconds (%(default)s; 0: epochs only)")
     add("--run", metavar="FOLDER", help="where the run goes (runs/MODEL-DATE_TIME)")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on (alone: the newest), further: --epochs N")
     add("--compare", nargs="+", metavar="RUN", help="compare trained runs, or all in a folder")
@@ -892,7 +893,7 @@ def run_options(given: dict) -> argparse.Namespace:
     """All options of a run: `given`, and defaults."""
     options = vars(command_parser().parse_args([])) | given
     if options["lr"] is None:
-        options["lr"] = LR[options["optimizer"]]
+        options["lr"] = LR[options["optimizer"]] / (5 if options["init"] else 1)
     if options["batch_size"] is None:
         options["batch_size"] = BATCH_SIZE[options["optimizer"]]
     return argparse.Namespace(**options)
@@ -900,17 +901,13 @@ def run_options(given: dict) -> argparse.Namespace:
 
 def new_folder(name: str | None, models: list[str]) -> Path:
     """A folder for new runs, made for them alone; LabError where there is a run already."""
-    if name is None:
-        folder = RUNS / f"{'-'.join(models)}-{time.strftime('%Y-%m-%d_%H%M%S')}"
-        while not RANK and folder.exists():  # of a run that starts in the same second
-            folder = folder.with_name(f"{folder.name}-2")
-        if not RANK:
-            folder.mkdir(parents=True)
-        return folder
-    folder = Path(name)
+    folder = Path(name or RUNS / f"{'-'.join(models)}-{time.strftime('%Y-%m-%d_%H%M%S')}")
+    while not name and not RANK and folder.exists():  # of a run that starts in the same second
+        folder = folder.with_name(f"{folder.name}-2")
     if not RANK and any(folder.glob("**/*.pt")):
         raise LabError(f"{folder} holds a run already: go on with --resume, or choose another --run")
-    folder.mkdir(parents=True, exist_ok=True)
+    if name or not RANK:  # number 0 alone knows the name that its clock gives
+        folder.mkdir(parents=True, exist_ok=bool(name))
     return folder
 
 
@@ -922,7 +919,7 @@ def train_new(given: dict) -> None:
         begun = load(file, device="cpu")
         lettres = begun.model.emb.lettres
         sizes = {"embedding": begun.options.embedding, "hidden": begun.options.hidden}
-        given = {"lr": INIT_LR, **given, **sizes, "model": [begun.options.model], "init": str(file)}
+        given = {**given, **sizes, "model": [begun.options.model], "init": str(file)}
     options = run_options(given)
     models = given.get("model", [options.model])
     models = [*CELLS] if "all" in models else models
@@ -942,7 +939,10 @@ def train_new(given: dict) -> None:
 
 def resume(name: str, **changes) -> None:
     """Go on with a run, or all in a folder; what has finished is looked inside anew, or trained further."""
-    top = Path(name or find_checkpoint(None, "last.pt").parent)
+    newest = Path(name or find_checkpoint(None, "last.pt"))
+    top = newest.parent if newest.is_file() else newest
+    if not name and top.parent != RUNS:
+        top = top.parent  # one of many models
     runs = load_runs([top], "last.pt", **changes)
     run = next(iter(runs.values()))
     train_set, valid_set = load_corpus(run.options, run.model.emb.lettres, run.sha256)
@@ -998,12 +998,12 @@ def main() -> None:
             parser.error(f"--{name} does not go with --init, whose run has its own")
     keep_freed_memory()
     if WORLD > 1:
-        if torch.cuda.is_available() and given.get("device") != "cpu":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         try:
             distributed.init_process_group()  # gloo on the CPU, nccl on CUDA
         except ValueError as error:
             raise LabError(f"WORLD_SIZE is set, as torchrun does: {error}") from None
+        if torch.cuda.is_available() and given.get("device") != "cpu":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with redirect_stdout(None if RANK else sys.stdout):
         if "compare" in given:
             compare(given["compare"], **given_beside(parser, given, "compare", "data"))

@@ -96,8 +96,8 @@ def test_every_decoder_writes_russian(russian):
 
 def test_looking_and_comparing_use_the_runs_alphabet(russian):
     runs = russian / "runs"
-    assert "| lstm " in printed("tp5.py", "--compare", runs, errors="little")
-    printed("tp5.py", "--resume", runs / "lstm", "--look", "Мы ждём «щук» 12.", errors="little")
+    assert "| lstm " in printed("tp5.py", "--compare", runs)
+    printed("tp5.py", "--resume", runs / "lstm", "--look", "Мы ждём «щук» 12.")
     assert "3_units/look" in events_of(runs / "lstm").Tags()["images"]
     refused(here("tp5.py", "--resume", runs / "lstm", "--look", "名"), "outside the alphabet", "名")
 
@@ -105,7 +105,7 @@ def test_looking_and_comparing_use_the_runs_alphabet(russian):
 def test_resuming_uses_the_runs_alphabet(russian, tmp_path):
     shutil.copytree(russian / "runs" / "gru", tmp_path / "run")
     before = load(tmp_path / "run" / "last.pt").progress.step
-    said = printed("tp5.py", "--resume", tmp_path / "run", "--epochs", "3", errors="little")
+    said = printed("tp5.py", "--resume", tmp_path / "run", "--epochs", "3")
     after = load(tmp_path / "run" / "last.pt")
     assert f"going on after step {before}\n" in said and after.progress.step == before * 3 // 2
     assert after.model.emb.lettres == lettres_of((russian / "text.txt").read_text("utf-8"))
@@ -119,7 +119,7 @@ def test_a_text_without_spaces_is_trained_and_compared(tmp_path):
     text = "".join(sentence.replace(" ", "") for sentence in sentences(("我他", "来去看", "山水田"), 150, "。！"))
     said = train(tmp_path / "runs" / "rnn", written(tmp_path / "c.txt", text), "--model=rnn")
     assert "150 sentences" in said and "10 symbols beyond ASCII" in said
-    assert "| rnn " in printed("tp5.py", "--compare", tmp_path / "runs", errors="little")
+    assert "| rnn " in printed("tp5.py", "--compare", tmp_path / "runs")
     assert "我" in printed("generate.py", "--checkpoint", tmp_path / "runs" / "rnn", "--start", "我")
 
 
@@ -156,13 +156,13 @@ def test_a_play_stands_as_it_is(play, capsys):
     assert sorted(examples) == sorted(text.replace("\r\n", "\n").split("\n\n"))
     said = printed("generate.py", "--checkpoint", play / "run", "--greedy", "--start", "KING:\nTo")
     assert "\n  KING:\n  To" in said
-    assert "200 blocks" in printed("tp5.py", "--compare", play / "run", errors="little")
-    said = printed("tp5.py", "--resume", play / "run", "--look", "KING:\nTo be", errors="little")
+    assert "| run " in printed("tp5.py", "--compare", play / "run")
+    said = printed("tp5.py", "--resume", play / "run", "--look", "KING:\nTo be")
     assert "3_units/look" in said
 
 
 def test_one_line_samples_show_a_line_end_by_a_sign(play):
-    said = printed("tp5.py", "--resume", play / "run", "--epochs", "3", errors="little")
+    said = printed("tp5.py", "--resume", play / "run", "--epochs", "3")
     samples = re.findall(r"^  (?:greedy|sampled|cooler|nucleus|beam|nucleus beam)  +(.*)", said, re.M)
     assert len(samples) == 6 and any("⏎" in sample for sample in samples)
 
@@ -280,6 +280,15 @@ def test_init_refuses_what_contradicts_its_run(russian, tmp_path, options):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_outlives_the_run_that_it_began_with(russian, tmp_path):
+    shutil.copytree(russian / "runs" / "gru", tmp_path / "first")
+    options = ("--data", russian / "text.txt", "--init", tmp_path / "first", "--epochs", "1")
+    assert here("tp5.py", *options, "--run", tmp_path / "run").returncode == 0
+    shutil.rmtree(tmp_path / "first")
+    found = here("tp5.py", "--resume", tmp_path / "run", "--epochs", "2")
+    assert found.returncode == 0 and "Units of this gru" in found.stdout, found.stderr
+
+
 def test_init_needs_a_run(tmp_path):
     refused(here("tp5.py", "--init", tmp_path / "none"), "none")
     refused(here("tp5.py", "--init", written(tmp_path / "text.pt", "no checkpoint")), "damaged")
@@ -295,6 +304,6 @@ def test_a_run_that_began_with_another_goes_on(russian, begun, tmp_path):
     on_same = tmp_path / "begun"
     train_again = ("--data", russian / "text.txt", "--init", russian / "runs" / "gru", "--epochs", "1")
     assert here("tp5.py", *train_again, "--run", on_same).returncode == 0
-    said = printed("tp5.py", "--compare", russian / "runs" / "gru", on_same, errors="little")
+    said = printed("tp5.py", "--compare", russian / "runs" / "gru", on_same)
     assert re.search(r"begun +\| gru|\| \S*begun", said)
     refused(here("tp5.py", "--compare", russian / "runs" / "gru", folder / "run"), "same sentences")

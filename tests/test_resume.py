@@ -179,6 +179,17 @@ def test_many_models_stopped_in_the_first_go_on_with_all_and_are_compared(small,
     assert (tmp_path / "comparison" / "comparison.md").exists()
 
 
+def test_resume_alone_goes_on_with_the_newest_run_and_those_beside_it(small, tmp_path, monkeypatch):
+    for module in ("tp5", "textloader"):
+        monkeypatch.setattr(f"{module}.RUNS", tmp_path)
+    options = (*small, *SIZES, "--epochs", 1)
+    assert here("tp5.py", "--run", tmp_path / "older", *options).returncode == 0
+    ctrl_c("tp5.train_step", "--run", tmp_path / "newer", *options, "--model", "rnn", "gru")
+    found = here("tp5.py", "--resume")
+    assert found.returncode == 0 and found.stdout.count("going on after step 0\n") == 2, found.stderr
+    assert (tmp_path / "newer" / "comparison" / "comparison.md").exists()
+
+
 # ------------------------------------------------------------------------------------ folders of runs
 
 
