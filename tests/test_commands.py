@@ -202,6 +202,7 @@ def test_reader_of_the_output_goes_away(small, tmp_path):
     assert not (tmp_path / "run" / "gru" / "best.pt").exists()
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
 def test_a_stream_that_the_shell_has_closed(small, tmp_path, closed):

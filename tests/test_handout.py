@@ -206,6 +206,7 @@ def test_each_answer_put_back_is_right_and_the_rest_missing(kept, tmp_path):
     assert {verdict.status for verdict in report.verdicts.values()} == {"missing"} and not report.repairs, str(report)
 
 
+@pytest.mark.slow
 def test_a_handout_trains_without_the_samples_that_are_not_there_yet(tmp_path, small):
     make(tmp_path)
     solve(tmp_path, "pad_collate_fn", "maskedCrossEntropy", "CharModel.forward", "RNN.one_step")

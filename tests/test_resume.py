@@ -77,7 +77,7 @@ WITHIN = {
 }
 CTRL_C = ("a step", "a save, not yet on the disk", "validation", "the look inside")
 CASES = [(within, "KILL") for within in WITHIN] + [(within, "INT") for within in CTRL_C]
-FAST = [("a step", "KILL"), ("a save, not yet renamed", "KILL"), ("the look inside", "INT")]
+FAST = [("a step", "KILL"), ("the look inside", "INT")]
 CASES = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
 
 
@@ -113,7 +113,8 @@ def test_stopped_again_and_again_is_the_same_run(small, whole, tmp_path):
     assert_same_run(whole, folder)
 
 
-@pytest.mark.parametrize("how", [pytest.param("KILL", marks=pytest.mark.slow), "INT"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["KILL", "INT"])
 def test_stopped_in_a_comparison_it_is_made_again(runs, tmp_path, how):
     shutil.copytree(runs, tmp_path / "runs")
     made = tmp_path / "runs" / "comparison"
@@ -179,6 +180,7 @@ def test_many_models_stopped_in_the_first_go_on_with_all_and_are_compared(small,
     assert (tmp_path / "comparison" / "comparison.md").exists()
 
 
+@pytest.mark.slow
 def test_resume_alone_goes_on_with_the_newest_run_and_those_beside_it(small, tmp_path, monkeypatch):
     for module in ("tp5", "textloader"):
         monkeypatch.setattr(f"{module}.RUNS", tmp_path)

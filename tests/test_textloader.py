@@ -232,7 +232,7 @@ MONOTONOUS = {
     "quotes": '."' * 10**5,
     "blanks": "«a" + " " * 10**5,
     "guillemets": " »" * 10**5,
-    "Chinese stops": "。" * 10**6,
+    "Chinese stops": "。" * 10**5,
     "blank lines": "\n" * 10**6,
     "blank lines of spaces": " \n" * 10**6,
     "indentation": "\t" * 10**6 + "a",
