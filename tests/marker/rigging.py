@@ -17,7 +17,7 @@ from .equations import weights_of
 from .sandbox import attempt
 
 EMBEDDING, HIDDEN = 24, 88
-NEVER = -30.0  # the log-probability of what a tree does not name
+NEVER = -30.0  # the log-probability of what a tree does not name, less 0.01 by code: topk meets no ties
 Prefix = tuple[int, ...]
 
 
@@ -77,7 +77,7 @@ def rig(recognised: Recognised, symbols: int, tree: dict[Prefix, dict[int, float
             emb.weight *= 2
     model = Rigged(recognised, cell, emb, nn.Linear(HIDDEN, symbols))
     prefixes = list(tree)
-    wanted = torch.full((len(tree), symbols), NEVER, dtype=torch.float64)
+    wanted = (NEVER - 0.01 * torch.arange(symbols, dtype=torch.float64)).repeat(len(tree), 1)
     for row, prefix in enumerate(prefixes):
         for symbol, probability in tree[prefix].items():
             wanted[row, symbol] = torch.tensor(probability, dtype=torch.float64).log()
