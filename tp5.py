@@ -968,7 +968,7 @@ def finish(runs: dict[Path, Run], top: Path, train_set, valid_set) -> None:
         raise
     # generate.py knows no cells of other scripts
     write = [["python", "generate.py", "--beam", "5", "--checkpoint", folder]] if script == "tp5.py" else []
-    say_next(*write, ["tensorboard", "--logdir", top])
+    say_next(*write, ["tensorboard", "--logdir", folder.parent])
 
 
 def keep_freed_memory() -> None:
