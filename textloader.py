@@ -240,6 +240,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         super().error(printable(message))
 
+    def parse_args(self, args=None, namespace=None):
+        options = super().parse_args(args, namespace)
+        if [] in vars(options).values():  # of --hidden=-- older Pythons make no value
+            self.error("-- is no value")
+        return options
+
 
 def in_range(kind, low, high):
     """An argparse type: an int or float from `low` to `high`."""

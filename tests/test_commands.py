@@ -46,6 +46,7 @@ def test_training_says_what_it_did(runs):
         (["--lr", "nan"], ["--lr"]),
         (["--hidden", "x"], ["--hidden", "'x'"]),
         (["--hidden", 10**6], ["--hidden", "from 1 to"]),
+        (["--hidden=--"], ["--"]),
         (["--batch-size", 23 * "9"], ["--batch-size"]),
         (["--maxlen", 10**6], ["--maxlen", "10,000"]),
         (["--model", "rnn", "cnn"], ["--model", "lstm"]),
