@@ -956,19 +956,20 @@ def resume(name: str, **changes) -> None:
 def finish(runs: dict[Path, Run], top: Path, train_set, valid_set) -> None:
     """Train the runs in a folder to their ends, look inside, compare several, and say what comes next."""
     script = Path(sys.argv[0]).name
+    last = [*runs][-1]
     try:
         for folder, run in runs.items():
             train(run, folder, train_set, valid_set)
             if not RANK:
                 look_inside(folder, valid_set)
         if len(runs) > 1 and not RANK:
-            compare([top])
+            compare([top], data=runs[last].options.data)  # best.pt may name where it was before
     except KeyboardInterrupt:
         say_next(["python", script, "--resume", top])
         raise
     # generate.py knows no cells of other scripts
-    write = [["python", "generate.py", "--beam", "5", "--checkpoint", folder]] if script == "tp5.py" else []
-    say_next(*write, ["tensorboard", "--logdir", folder.parent])
+    write = [["python", "generate.py", "--beam", "5", "--checkpoint", last]] if script == "tp5.py" else []
+    say_next(*write, ["tensorboard", "--logdir", last.parent])
 
 
 def keep_freed_memory() -> None:

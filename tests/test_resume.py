@@ -192,6 +192,16 @@ def test_resume_alone_goes_on_with_the_newest_run_and_those_beside_it(small, tmp
     assert (tmp_path / "newer" / "comparison" / "comparison.md").exists()
 
 
+def test_many_models_go_on_with_a_renamed_corpus(small, tmp_path):
+    text, renamed = tmp_path / "text.txt", tmp_path / "renamed.txt"
+    shutil.copy(small[1], text)
+    options = ("--run", tmp_path / "runs", *small[2:], *SIZES, "--epochs", 1, "--model", "rnn", "gru")
+    assert here("tp5.py", "--data", text, *options).returncode == 0
+    text.rename(renamed)
+    found = here("tp5.py", "--resume", tmp_path / "runs", "--data", renamed)
+    assert found.returncode == 0 and "| gru " in found.stdout, found.stderr
+
+
 # ------------------------------------------------------------------------------------ folders of runs
 
 
